@@ -1,0 +1,178 @@
+"""`evaluate`: how well a detector judges labelled images, and whether its thresholds keep their promise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from edge_anomaly_runtime.bundle import Threshold, Thresholds
+from edge_anomaly_runtime.errors import ImageError, UsageError
+from edge_anomaly_runtime.images import load_image
+from edge_anomaly_runtime.preprocess import Preprocess, preprocess
+from edge_anomaly_runtime.progress import track
+from edge_anomaly_runtime.scoring import open_scorer
+from PIL import Image
+
+from . import metrics
+from .data import GOOD, UNSURE, Item
+from .prediction import Predictions, ScoreFunction, predict, report_bad, session_scores, torch_scores
+from .runs import RECORD, load_model, load_run
+
+SCHEMA = "edge-anomaly.evaluation/1"
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Whatever scores images: a bundle on an engine, or the trained torch model, with its own thresholds."""
+
+    name: str
+    score: ScoreFunction
+    spec: Preprocess
+    thresholds: Thresholds
+
+
+@contextlib.contextmanager
+def open_judge(path: Path, *, engine: str = "auto", precision: str = "auto") -> Iterator[Judge]:
+    """Open a bundle, or a run folder, whose torch model then does the scoring.
+
+    Raises:
+        UsageError, ArtefactError, MissingRequirementError: as `open_scorer` and `load_run`.
+    """
+    if (path / RECORD).exists():
+        run = load_run(path)
+        yield Judge("torch fp32", torch_scores(load_model(run)), run.preprocess, run.thresholds)
+        return
+    with open_scorer(path, engine=engine, precision=precision) as scorer:
+        spec = scorer.bundle.manifest.input.preprocess
+        name = f"{scorer.engine} {scorer.precision}"
+        yield Judge(name, session_scores(scorer.session), spec, scorer.thresholds)
+
+
+def evaluate_items(
+    judge: Judge, items: Sequence[Item], *, strict: bool = False
+) -> tuple[dict[str, Any], list[Item], Predictions]:
+    """Score labelled images and return the JSON-ready figures, the items that could be read, and their predictions.
+
+    Raises:
+        UsageError: there are no labelled images, or none of them can be read.
+    """
+    if not items:
+        raise UsageError("There are no labelled test images.", "Give a data set with test/good and test/<defect>.")
+    readable, pixels, bad = read_items(items, judge.spec, strict=strict)
+    report_bad(bad, len(items))
+    predictions = predict(judge.score, pixels, what="scoring", total=len(pixels))
+    figures = evaluate_predictions(readable, predictions, judge.spec, judge.thresholds)
+    return {**figures, "scored_by": judge.name, "skipped": len(bad)}, readable, predictions
+
+
+def read_items(
+    items: Sequence[Item], spec: Preprocess, *, strict: bool
+) -> tuple[list[Item], npt.NDArray[np.uint8], list[ImageError]]:
+    """Read labelled images, uint8 [n, height, width, 3], skipping and returning the bad ones."""
+    readable, pixels, bad = [], [], []
+    for item in track(items, "reading", len(items)):
+        try:
+            pixels.append(preprocess(load_image(item.path), spec))
+            readable.append(item)
+        except ImageError as error:
+            if strict:
+                raise
+            bad.append(error)
+    if not readable:
+        raise UsageError(f"None of the {len(items)} test images could be read; the first: {bad[0].what}")
+    return readable, np.stack(pixels), bad
+
+
+def evaluate_predictions(
+    items: Sequence[Item], predictions: Predictions, spec: Preprocess, thresholds: Thresholds
+) -> dict[str, Any]:
+    """Return image and pixel figures; images labelled `unsure` are reported apart and count nowhere else."""
+    labels = np.array([item.label for item in items])
+    known = labels != UNSURE
+    defective = (labels != GOOD)[known]
+    scores = predictions.scores[known]
+    figures: dict[str, Any] = {
+        "schema": SCHEMA,
+        "images": {str(label): int((labels == label).sum()) for label in np.unique(labels)},
+        "distinct_scores": metrics.distinct_share(scores),
+        "false_alarms": {
+            name: false_alarms(scores[~defective], limit)
+            for name, limit in (("fail", thresholds.fail), ("warn", thresholds.warn))
+        },
+    }
+    if 0 < defective.sum() < defective.size:
+        figures["image"] = _image_figures(scores, defective, thresholds)
+        figures["defects"] = _defect_figures(labels, predictions.scores, thresholds)
+    if (labels == UNSURE).any():
+        unsure = predictions.scores[labels == UNSURE]
+        figures["unsure"] = {"images": unsure.size, "flagged": float((unsure > thresholds.fail.value).mean())}
+    pixel = _pixel_figures(items, predictions, spec)
+    return {**figures, "pixel": pixel} if pixel else figures
+
+
+def false_alarms(normal_scores: npt.NDArray[np.float64], limit: Threshold) -> dict[str, Any]:
+    """Compare the rate measured on unseen normal images with the promised one and its 95 % bound."""
+    n, alarms = normal_scores.size, int((normal_scores > limit.value).sum())
+    if not n:
+        return {"images": 0, "alarms": 0, "promised": limit.alpha, "bound": limit.upper95}
+    low, high = metrics.binomial_interval(alarms, n)
+    return {
+        "images": n,
+        "alarms": alarms,
+        "rate": alarms / n,
+        "rate_interval": [low, high],
+        "promised": limit.alpha,
+        "bound": limit.upper95,
+        "inside_bound": alarms / n <= limit.upper95,
+    }
+
+
+def _image_figures(scores: npt.NDArray[np.float64], defective: Mask, thresholds: Thresholds) -> dict[str, Any]:
+    return {
+        "auroc": metrics.auroc(scores, defective),
+        "auroc_interval": list(metrics.bootstrap_interval(metrics.auroc, scores, defective)),
+        "average_precision": metrics.average_precision(scores, defective),
+        "f1": metrics.f1_at(scores, defective, thresholds.fail.value),
+        "found": float((scores[defective] > thresholds.fail.value).mean()),
+    }
+
+
+def _defect_figures(
+    labels: npt.NDArray[np.str_], scores: npt.NDArray[np.float64], thresholds: Thresholds
+) -> dict[str, Any]:
+    good = scores[labels == GOOD]
+    rows = {}
+    for label in np.unique(labels[(labels != GOOD) & (labels != UNSURE)]):
+        bad = scores[labels == label]
+        both, truth = np.concatenate([good, bad]), np.repeat([False, True], [good.size, bad.size])
+        rows[str(label)] = {
+            "images": int(bad.size),
+            "auroc": metrics.auroc(both, truth),
+            "found": float((bad > thresholds.fail.value).mean()),
+        }
+    return rows
+
+
+def _pixel_figures(items: Sequence[Item], predictions: Predictions, spec: Preprocess) -> dict[str, float]:
+    """Pixel figures at the model's input size, over good images and those with a mask; empty without masks."""
+    chosen = [index for index, item in enumerate(items) if item.label == GOOD or item.mask is not None]
+    if not any(items[index].mask for index in chosen):
+        return {}
+    masks = [_read_mask(items[index].mask, spec) for index in chosen]
+    maps = [predictions.maps[index] for index in chosen]
+    return {"auroc": metrics.pixel_auroc(maps, masks), "aupro": metrics.aupro(maps, masks)}
+
+
+def _read_mask(path: Path | None, spec: Preprocess) -> Mask:
+    if path is None:
+        return np.zeros((spec.height, spec.width), dtype=np.bool_)
+    with Image.open(path) as file:
+        mask = preprocess(file.convert("L"), spec, resample=Image.Resampling.NEAREST)
+    return np.asarray(mask > 127)

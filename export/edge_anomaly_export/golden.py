@@ -1,0 +1,80 @@
+"""Golden images: real pictures stored with what every graph said about them, for the device's self-test."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from edge_anomaly.prediction import Pixels, predict, session_scores
+from edge_anomaly_calibration.selection import synthetic_anomaly
+from edge_anomaly_runtime.bundle import GoldenImage, Thresholds
+from edge_anomaly_runtime.images import load_image
+from edge_anomaly_runtime.scoring import verdict_of
+from edge_anomaly_runtime.session import Session
+from PIL import Image
+
+_NORMAL, _SYNTHETIC = 5, 3
+_MAX_PIXELS = 2_000_000
+_MAPS = "golden/maps.npz"
+
+
+def golden_from_images(
+    paths: Sequence[Path],
+    pixels: Pixels,
+    sessions: Mapping[str, Callable[[], Session]],
+    thresholds: Mapping[str, Thresholds],
+    *,
+    seed: int,
+) -> tuple[list[GoldenImage], dict[str, bytes]]:
+    """Store up to five held-out normal images and three damaged ones with the results of each 'engine/precision'.
+
+    `pixels`: the model inputs of `paths`, uint8 [n, height, width, 3]. Returns the manifest's entries and the files.
+    """
+    stored = _choose(paths, pixels, seed)
+    scores: dict[str, npt.NDArray[np.float64]] = {}
+    maps: dict[str, npt.NDArray[np.float32]] = {}
+    for key, open_session in sessions.items():
+        session = open_session()
+        inputs = [model_input for _, model_input, _ in stored]
+        result = predict(session_scores(session), inputs, what=key, total=len(inputs))
+        session.close()
+        scores[key], maps[key.replace("/", "-")] = result.scores, result.maps
+    files: dict[str, bytes] = {}
+    entries = []
+    for index, (picture, _, preprocessed) in enumerate(stored):
+        name = f"golden/{index:03}.png"
+        files[name] = _png(picture)
+        own = {key: float(values[index]) for key, values in scores.items()}
+        verdicts = {key: verdict_of(score, thresholds[key]) for key, score in own.items()}
+        entries.append(GoldenImage(file=name, preprocessed=preprocessed, scores=own, verdicts=verdicts))
+    buffer = io.BytesIO()
+    np.savez(buffer, **maps)  # type: ignore[arg-type]
+    return entries, {**files, _MAPS: buffer.getvalue()}
+
+
+def _choose(paths: Sequence[Path], pixels: Pixels, seed: int) -> list[tuple[Image.Image, Pixels, bool]]:
+    """Return (picture, model input, whether the picture is the model input) per golden image.
+
+    Pictures below two megapixels are stored whole, so that the self-test covers the resize too.
+    """
+    chosen = []
+    for index in range(min(len(paths), _NORMAL + _SYNTHETIC)):
+        model_input, preprocessed = pixels[index], True
+        if index >= _NORMAL:
+            model_input = synthetic_anomaly(model_input, np.random.default_rng([seed, index]))
+        picture = Image.fromarray(model_input)
+        if index < _NORMAL:
+            source = load_image(paths[index])
+            if source.width * source.height <= _MAX_PIXELS:
+                picture, preprocessed = source, False
+        chosen.append((picture, model_input, preprocessed))
+    return chosen
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

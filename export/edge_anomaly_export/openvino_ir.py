@@ -1,0 +1,21 @@
+"""OpenVINO IR from an ONNX graph."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import onnx
+import openvino as ov
+
+
+def ir_from_onnx(model: onnx.ModelProto) -> tuple[bytes, bytes]:
+    """Return the IR as the content of its .xml and .bin; weights keep their precision.
+
+    (By default OpenVINO would store them as FP16, which a Mahalanobis head does not bear.)
+    """
+    graph = ov.Core().read_model(model.SerializeToString())
+    with tempfile.TemporaryDirectory() as scratch:
+        xml = Path(scratch) / "model.xml"
+        ov.save_model(graph, xml, compress_to_fp16=False)
+        return xml.read_bytes(), xml.with_suffix(".bin").read_bytes()

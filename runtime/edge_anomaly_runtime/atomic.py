@@ -1,0 +1,172 @@
+"""Results that appear whole or not at all: a temporary name, fsync, one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import OutputError, UsageError
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_DENIED_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM}
+_TMP_PREFIX = ".tmp-"
+
+
+@contextlib.contextmanager
+def new_folder(final: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `final` when the body ends without an exception.
+
+    The folder is created beside `final`, every file is fsynced, and one rename (an atomic exchange where `final`
+    exists and `force` is set) makes it visible. A killed process leaves at most a `.tmp-` folder, which the next
+    call for the same name removes.
+
+    Raises:
+        UsageError: `final` exists and `force` is not set, or its parent cannot be written.
+        OutputError: the disk is full or failed.
+    """
+    check_free(final, force=force)
+    temporary = _make_temporary(final)
+    try:
+        with disk_errors(final):
+            yield temporary
+            _fsync_tree(temporary)
+            check_free(final, force=force)
+            _publish(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_file(final: Path, data: bytes) -> None:
+    """Write `data` to `final` so that a reader sees the old content or the new one, never a part.
+
+    Raises:
+        UsageError: the folder cannot be written.
+        OutputError: the disk is full or failed.
+    """
+    temporary = final.parent / f"{_TMP_PREFIX}{final.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        with disk_errors(final):
+            with _denied_as_usage(final):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                file = open(temporary, "xb")
+            with file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, final)
+            _fsync_folder(final.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_free(final: Path, *, force: bool) -> None:
+    """Raise UsageError when `final` exists and may not be replaced."""
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        raise UsageError(f"{final} exists and is not a folder.", "Choose another name.")
+    if final.exists() and not force:
+        raise UsageError(f"{final} exists already.", "Pass --force to replace it, or choose another name.")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or failing disk inside the body into an OutputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            raise OutputError(path, error) from error
+        raise
+
+
+@contextlib.contextmanager
+def _denied_as_usage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DENIED_ERRORS:
+            raise UsageError(
+                f"Cannot write to {path.parent}: {error.strerror}.", "Choose a folder that you may write to."
+            ) from None
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise UsageError(f"Cannot create {path}: a file is in the way ({error.filename}).") from None
+        raise
+
+
+def _make_temporary(final: Path) -> Path:
+    with disk_errors(final), _denied_as_usage(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(final)
+        temporary = final.parent / f"{_TMP_PREFIX}{final.name}-{os.getpid()}-{secrets.token_hex(4)}"
+        temporary.mkdir()
+    return temporary
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Remove the temporary folders of earlier writers of this name that no longer run."""
+    prefix = f"{_TMP_PREFIX}{final.name}-"
+    for entry in final.parent.iterdir():
+        pid = entry.name.removeprefix(prefix).partition("-")[0]
+        if entry.name.startswith(prefix) and pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    if final.exists():
+        _exchange(temporary, final)
+        shutil.rmtree(temporary, ignore_errors=True)  # holds the old content now
+    else:
+        os.rename(temporary, final)
+    _fsync_folder(final.parent)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two folders in one step where the kernel can (Linux renameat2), in two renames elsewhere."""
+    at_fdcwd, rename_exchange = -100, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        done = libc.renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange)
+        if done == 0:
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+    aside = first.with_name(first.name + "-old")
+    os.rename(second, aside)
+    os.rename(first, second)
+    os.rename(aside, first)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            handle = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        _fsync_folder(Path(root))
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

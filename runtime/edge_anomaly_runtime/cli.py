@@ -1,0 +1,319 @@
+"""The device's commands; every body imports what it needs, so that `--help` is fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from .errors import EdgeAnomalyError, GateError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from .scoring import Result
+
+app = typer.Typer(
+    name="edge-anomaly",
+    help="Train, quantise, export and run visual anomaly detectors.\n\nData goes to standard output, all else to "
+    "standard error. Exit codes: 0 ok, 1 gate not met, 2 usage, 3 missing package, 4 artefact refused, "
+    "5 source unavailable, 70 internal error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"auto_envvar_prefix": "EDGE_ANOMALY", "help_option_names": ["-h", "--help"]},
+)
+bundle_app = typer.Typer(help="Look at a bundle, check it.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bundle_app, name="bundle")
+
+BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder NAME.eab.")]
+EngineOption = Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")]
+PrecisionOption = Annotated[str, typer.Option(help="auto, fp32 or int8. auto: the bundle's own where the CPU can.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Default: the CPUs that the machine or container grants.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+_FAIL_ON = {"ng": ("NG", "INVALID"), "warn": ("WARN", "NG", "INVALID")}
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    # `--debug` is taken out of the arguments by `run`, which prints the errors.
+    if version:
+        import importlib.metadata
+
+        typer.echo(importlib.metadata.version("edge-anomaly"))
+        raise typer.Exit
+
+
+@app.command()
+def score(
+    bundle: BundleArg,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or quoted globs.")],
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    overlay: Annotated[Path | None, typer.Option(help="Write a picture with heat map and outline per image.")] = None,
+    fail_on: Annotated[
+        str | None, typer.Option(help="ng or warn: end with code 1 if an image is that bad, or cannot be judged.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable file (code 2).")] = False,
+) -> None:
+    """Score images: one JSON object per line and image.
+
+    Example: edge-anomaly score part.eab photos/ --overlay out/ --fail-on ng
+    """
+    from .images import list_images
+    from .progress import say, track
+    from .scoring import open_scorer
+
+    if fail_on is not None and fail_on not in _FAIL_ON:
+        raise did_you_mean("--fail-on", fail_on, list(_FAIL_ON))
+    paths = list_images(images)
+    names = _overlay_names(paths, overlay)
+    counts = {"OK": 0, "WARN": 0, "NG": 0, "INVALID": 0}
+    stop = _stop_on_sigterm()
+    with open_scorer(bundle, engine=engine, precision=precision, threads=threads) as scorer:
+        say(f"{scorer.engine} {scorer.precision}, {scorer.session.info.threads} threads ({'; '.join(scorer.reasons)})")
+        for path in track(paths, "scoring", len(paths)):
+            if stop():
+                break
+            result = scorer.score_file(path)
+            if strict and result.verdict == "INVALID":
+                raise UsageError(f"Cannot judge {path}: {result.reason}.", "Leave out --strict to skip such files.")
+            counts[result.verdict] += 1
+            print(json.dumps(_row(result)), flush=True)
+            if overlay is not None and result.anomaly_map is not None:
+                _write_overlay(path, names[path], result, scorer)
+    say(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    if counts["INVALID"] == len(paths):
+        raise UsageError(f"None of the {len(paths)} images could be judged.", "The reason of each is in its line.")
+    if fail_on and any(counts[verdict] for verdict in _FAIL_ON[fail_on]):
+        raise typer.Exit(1)
+
+
+@app.command()
+def selftest(
+    bundle: BundleArg,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score the bundle's golden images; end with code 1 if one does not give its stored result.
+
+    Example: edge-anomaly selftest part.eab --engine openvino
+    """
+    from dataclasses import asdict
+
+    from .progress import say
+    from .scoring import open_scorer
+    from .selftest import run_selftest
+
+    with open_scorer(bundle, engine=engine, precision=precision, threads=threads) as scorer:
+        checks = run_selftest(scorer)
+        what = f"{scorer.engine} {scorer.precision}"
+        tolerance = scorer.bundle.manifest.golden_tolerance[scorer.precision]
+    bad = [check for check in checks if not check.ok]
+    if as_json:
+        rows = [asdict(check) for check in checks]
+        _print_json({"schema": "edge-anomaly.selftest/1", "ok": not bad, "tolerance": tolerance, "images": rows})
+    for check in checks:
+        say(
+            f"{'ok  ' if check.ok else 'FAIL'} {check.file}  score {check.score} expected {check.expected:.6g} "
+            f"({check.score_difference:.1e}), map {check.map_difference:.1e}, {check.verdict}"
+        )
+    if bad:
+        raise GateError(
+            f"{len(bad)} of {len(checks)} golden images differ by more than {tolerance:g} on {what}.",
+            "Do not use this bundle here. Compare engine versions with `edge-anomaly doctor`, or export it again.",
+        )
+    say(f"selftest passed: {len(checks)} golden images on {what}, tolerance {tolerance:g}")
+
+
+@app.command()
+def bench(
+    bundle: BundleArg,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    runs: Annotated[int, typer.Option(help="Timed calls; p99 needs 662.")] = 700,
+    warmup: Annotated[int, typer.Option(help="Calls before the clock starts, and at least a second; 0 for none.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the latency on this machine with the bundle's golden images.
+
+    Example: edge-anomaly bench part.eab --engine openvino --precision int8 --json
+    """
+    from .bench import run_bench
+    from .progress import say
+    from .scoring import open_scorer
+
+    with open_scorer(bundle, engine=engine, precision=precision, threads=threads) as scorer:
+        report = run_bench(scorer, runs=runs, warmup=warmup)
+    if as_json:
+        _print_json(report)
+        return
+    say(f"{report['engine']} {report['precision']}, {report['environment']['threads']} threads, {runs} runs, ms")
+    for stage, values in report["latency_ms"].items():
+        shown = "  ".join(f"{name} {'n/a' if value is None else format(value, '.2f')}" for name, value in values.items())
+        print(f"{stage:17} {shown}")
+    print(f"{'cpu per image':17} {report['infer_cpu_ms']:.2f}")
+
+
+@bundle_app.command("info")
+def bundle_info(bundle: BundleArg, as_json: JsonOption = False) -> None:
+    """Show what a bundle holds: model, input, thresholds, parity.
+
+    Example: edge-anomaly bundle info part.eab
+    """
+    from .bundle import manifest_bytes, read_bundle
+
+    manifest = read_bundle(bundle).manifest
+    if as_json:
+        print(manifest_bytes(manifest).decode(), end="")
+        return
+    print(f"{manifest.name}  {manifest.schema_}  {manifest.precision}  made {manifest.created_utc}  seed {manifest.seed}")
+    print(f"model   {manifest.model.kind} {json.dumps(manifest.model.parameters)}")
+    print(f"input   {manifest.input.shape} {manifest.input.preprocess}")
+    for key, limits in manifest.thresholds.items():
+        print(f"{key:18} {describe_threshold('fail', limits.fail)}; {describe_threshold('warn', limits.warn)}")
+    for row in manifest.parity:
+        print(f"parity  {row.backend:18} score {row.score_difference:.1e}  flips {row.flips}/{row.images}  {row.limit}")
+    size = sum(entry.size for entry in manifest.files.values())
+    print(f"files   {len(manifest.files)}, {size / 1e6:.1f} MB")
+
+
+@bundle_app.command("verify")
+def bundle_verify(bundle: BundleArg, as_json: JsonOption = False) -> None:
+    """Check every byte of a bundle against its manifest; end with code 4 if one differs.
+
+    Example: edge-anomaly bundle verify part.eab
+    """
+    from .bundle import read_bundle
+    from .progress import say
+
+    manifest = read_bundle(bundle).manifest
+    if as_json:
+        _print_json({"schema": "edge-anomaly.verify/1", "ok": True, "files": len(manifest.files)})
+    say(f"{bundle}: {len(manifest.files)} files match the manifest")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what works on this machine, and why the rest does not.
+
+    Example: edge-anomaly doctor --json
+    """
+    from .doctor import examine
+
+    report = examine()
+    if as_json:
+        _print_json(report)
+        return
+    for key in ("edge_anomaly", "python", "system", "cpu", "usable_cpus", "int8_instructions"):
+        print(f"{key:18} {report[key]}")
+    for name, found in report["packages"].items():
+        print(f"{name:18} {found or '-'}")
+    for line in report["advice"]:
+        print(line)
+
+
+def describe_threshold(name: str, threshold: Any) -> str:
+    """Say a threshold in counts, for people who stop lines and not for statisticians."""
+    per_thousand = threshold.alpha * 1000
+    return (
+        f"{name} > {threshold.value:.4g}: about {per_thousand:g} of 1000 good parts "
+        f"(95 % bound {threshold.upper95 * 1000:.0f}; {threshold.method}, n = {threshold.n})"
+    )
+
+
+def run(typer_app: typer.Typer) -> NoReturn:
+    """Run the app and end the process with the exit code of design section 7; one line per error, two with the hint."""
+    debug = "--debug" in sys.argv or bool(os.environ.get("EDGE_ANOMALY_DEBUG"))
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        typer_app()
+    except EdgeAnomalyError as error:
+        _report(error.what, error.hint, debug)
+        code = error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        _report(f"Internal error: {type(error).__name__}: {error}", "Run again with --debug for the traceback.", debug)
+        code = 70
+    sys.exit(code)
+
+
+def _report(what: str, hint: str, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"Error: {what}", file=sys.stderr)
+    if hint:
+        print(hint, file=sys.stderr)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+def _row(result: Result) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "schema": "edge-anomaly.score/1",
+        "path": result.path,
+        "score": result.score,
+        "verdict": result.verdict,
+        "threshold": result.threshold,
+        "warn": result.warn,
+        "ms": result.ms,
+    }
+    return {**row, "reason": result.reason} if result.reason else row
+
+
+def _overlay_names(paths: list[Path], folder: Path | None) -> dict[Path, Path]:
+    """Give each image a file name of its own; two images of the same name must not share a picture."""
+    if folder is None:
+        return {}
+    names: dict[Path, Path] = {}
+    taken: set[str] = set()
+    for path in paths:
+        name, number = path.stem, 1
+        while name in taken:
+            number += 1
+            name = f"{path.stem}-{number}"
+        taken.add(name)
+        names[path] = folder / f"{name}.png"
+    return names
+
+
+def _write_overlay(path: Path, target: Path, result: Result, scorer: Any) -> None:
+    import io
+
+    from .atomic import replace_file
+    from .images import load_image
+    from .overlay import draw_overlay
+
+    spec = scorer.bundle.manifest.input.preprocess
+    picture = draw_overlay(load_image(path), result.anomaly_map, spec, scorer.thresholds.pixel.value)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    replace_file(target, buffer.getvalue())
+
+
+def _stop_on_sigterm() -> Callable[[], bool]:
+    """Finish the image in hand and end with code 0 when the service manager says stop."""
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    return lambda: bool(stopped)

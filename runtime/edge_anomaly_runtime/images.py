@@ -1,0 +1,134 @@
+"""Image files in, RGB pixels out, with a defined answer for every odd file."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import ImageError, UsageError
+from .preprocess import Preprocess, preprocess
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
+MAX_PIXELS = 50_000_000
+
+# An allow-list: every format more is a parser more that an untrusted file can reach.
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
+_SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """Read one file as an upright RGB picture.
+
+    EXIF rotation is applied. Grey, palette and CMYK become RGB; transparent pixels are laid over black; of 16-bit grey
+    the high byte is kept; of an animation or a multi-page file the first picture is used.
+
+    Raises:
+        ImageError: the file is missing, empty, truncated, not one of PNG/JPEG/BMP/TIFF/WebP/PPM, larger than
+            50 megapixels, or has 32-bit pixels.
+    """
+    try:
+        return _decode(Path(path))
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(path, "there is no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError(path, f"it is not one of the formats {', '.join(_FORMATS)}, or it is damaged") from None
+    except Image.DecompressionBombError:
+        raise ImageError(path, f"it has more than {MAX_PIXELS // 1_000_000} megapixels") from None
+    except MemoryError:
+        raise ImageError(path, "it does not fit into memory") from None
+    except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
+        # Pillow's decoders raise all of these on damaged data.
+        raise ImageError(path, f"it is damaged or unreadable ({error})") from None
+
+
+def _decode(path: Path) -> Image.Image:
+    if path.is_dir():
+        raise ImageError(path, "it is a folder")
+    if path.stat().st_size == 0:
+        raise ImageError(path, "the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit follows
+        file = Image.open(path, formats=_FORMATS)
+    with file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ImageError(
+                path, f"{file.width}x{file.height} pixels are more than {MAX_PIXELS // 1_000_000} megapixels"
+            )
+        file.load()
+        return _as_rgb(ImageOps.exif_transpose(file), path)
+
+
+def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT:
+        high_byte = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        return Image.fromarray(high_byte).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(path, f"its pixels are 32 bits wide (mode {image.mode}); convert it to 8 or 16 bits")
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def list_images(sources: Iterable[Path | str]) -> list[Path]:
+    """Return the image files that `sources` name: files as given, folders searched through, globs expanded.
+
+    Sorted within each source, so that a run is repeatable.
+
+    Raises:
+        UsageError: a source does not exist, or there is no image file at all.
+    """
+    sources = [Path(source) for source in sources]
+    found = [path for source in sources for path in _expand(source)]
+    if not found:
+        raise UsageError(
+            f"No image files in {', '.join(map(str, sources))}.", f"Looked for: {', '.join(sorted(SUFFIXES))}."
+        )
+    return found
+
+
+def _expand(source: Path) -> list[Path]:
+    if source.is_dir():
+        return sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if source.exists():
+        return [source]
+    matches = sorted(Path(match) for match in glob.glob(str(source), recursive=True))
+    if not matches:
+        raise UsageError(f"There is no file or folder {source}.", "Check the path; quote globs with a space in them.")
+    return [path for match in matches for path in _expand(match)]
+
+
+def read_images(
+    paths: Iterable[Path], spec: Preprocess, *, bad: list[ImageError], strict: bool = False
+) -> Iterator[tuple[Path, npt.NDArray[np.uint8]]]:
+    """Yield each readable file with its model input, uint8 [height, width, 3], one at a time.
+
+    An unreadable file is appended to `bad` and skipped; with `strict` its ImageError is raised instead.
+    """
+    for path in paths:
+        try:
+            image = load_image(path)
+        except ImageError as error:
+            if strict:
+                raise
+            bad.append(error)
+            continue
+        yield path, preprocess(image, spec)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

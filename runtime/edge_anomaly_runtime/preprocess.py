@@ -1,0 +1,101 @@
+"""The one resize of the project: training, calibration, evaluation and the device all call `preprocess`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .errors import UsageError
+
+Policy = Literal["squash", "crop", "letterbox"]
+Roi = tuple[float, float, float, float]
+Box = tuple[float, float, float, float]
+
+WHOLE_IMAGE: Roi = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes the model's input; stored in every run and bundle and read back from there.
+
+    height, width: size of the model's input in pixels.
+    policy: `squash` ignores the aspect ratio (nothing is lost), `crop` keeps it and cuts the longer side,
+        `letterbox` keeps it and pads with black.
+    roi: (left, top, right, bottom) as shares of the picture's width and height, 0 to 1.
+    version: grows whenever the same picture would give other pixels.
+    """
+
+    height: int
+    width: int
+    policy: Policy = "squash"
+    roi: Roi = WHOLE_IMAGE
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if not (16 <= self.height <= 4096 and 16 <= self.width <= 4096):
+            raise UsageError(f"Image size {self.height}x{self.width} is out of range.", "Use 16 to 4096 pixels a side.")
+        if self.policy not in get_args(Policy):
+            raise UsageError(
+                f"Unknown resize policy {self.policy!r}.", f"Choose one of: {', '.join(get_args(Policy))}."
+            )
+        left, top, right, bottom = self.roi
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise UsageError(
+                f"Region of interest {self.roi} is not inside the picture.",
+                "Give left,top,right,bottom as shares from 0 to 1, for instance 0.1,0.1,0.9,0.9.",
+            )
+        if self.version != 1:
+            raise UsageError(f"Preprocessing version {self.version} is unknown.", "Install a newer edge-anomaly.")
+
+
+def preprocess(
+    image: Image.Image | npt.NDArray[np.uint8], spec: Preprocess, *, resample: Image.Resampling = Image.Resampling.BILINEAR
+) -> npt.NDArray[np.uint8]:
+    """Cut and resize one picture to the model's input, antialiased.
+
+    `image` is an RGB picture or uint8 [h, w, 3] (a mask: mode L or uint8 [h, w], with `resample` NEAREST).
+    Returns uint8 [height, width, 3] (a mask: [height, width]), a copy that the caller owns.
+    """
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    box = source_box(picture.size, spec)
+    top, left, height, width = content_area(picture.size, spec)
+    resized = picture.resize((width, height), resample, box=box)
+    if (height, width) == (spec.height, spec.width):
+        return np.array(resized)
+    canvas = Image.new(picture.mode, (spec.width, spec.height))
+    canvas.paste(resized, (left, top))
+    return np.array(canvas)
+
+
+def source_box(size: tuple[int, int], spec: Preprocess) -> Box:
+    """Return the part of a picture of `size` (width, height) that the model sees: left, top, right, bottom in pixels."""
+    width, height = size
+    left, top = spec.roi[0] * width, spec.roi[1] * height
+    right, bottom = spec.roi[2] * width, spec.roi[3] * height
+    if spec.policy != "crop":
+        return left, top, right, bottom
+    scale = min((right - left) / spec.width, (bottom - top) / spec.height)
+    half_width, half_height = scale * spec.width / 2, scale * spec.height / 2
+    centre_x, centre_y = (left + right) / 2, (top + bottom) / 2
+    # max/min: rounding may step out of the picture by 1e-13, which Pillow refuses.
+    return (
+        max(left, centre_x - half_width),
+        max(top, centre_y - half_height),
+        min(right, centre_x + half_width),
+        min(bottom, centre_y + half_height),
+    )
+
+
+def content_area(size: tuple[int, int], spec: Preprocess) -> tuple[int, int, int, int]:
+    """Return where the picture lies inside the model's input: top, left, height, width in pixels."""
+    if spec.policy != "letterbox":
+        return 0, 0, spec.height, spec.width
+    left, top, right, bottom = source_box(size, spec)
+    scale = min(spec.width / (right - left), spec.height / (bottom - top))
+    width = min(spec.width, max(1, round((right - left) * scale)))
+    height = min(spec.height, max(1, round((bottom - top) * scale)))
+    return (spec.height - height) // 2, (spec.width - width) // 2, height, width

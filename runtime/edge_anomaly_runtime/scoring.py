@@ -1,0 +1,153 @@
+"""From one picture to a verdict, with a bundle's own preprocessing and thresholds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .bundle import Bundle, Thresholds, read_bundle
+from .errors import ImageError
+from .images import load_image
+from .preprocess import preprocess
+from .session import Session, open_session
+
+Verdict = Literal["OK", "WARN", "NG", "INVALID"]
+
+# A frame outside these mean grey levels shows nothing, unless the normal images are that dark or bright themselves.
+_BLACK, _WHITE = 5.0, 250.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known about one picture.
+
+    score: raw anomaly score, higher is more anomalous; None when the verdict is INVALID.
+    threshold: the limit that makes it NG; warn: the limit that makes it WARN.
+    anomaly_map: float32 [h, w] on the model's grid, in the score's unit.
+    ms: milliseconds per stage (decode, resize, infer).
+    reason: why the verdict is INVALID.
+    """
+
+    verdict: Verdict
+    score: float | None
+    threshold: float
+    warn: float
+    ms: dict[str, float] = field(default_factory=dict)
+    anomaly_map: npt.NDArray[np.float32] | None = None
+    path: str = ""
+    reason: str = ""
+
+
+class Scorer:
+    """A bundle loaded on an engine; use it as a context manager, from one thread."""
+
+    def __init__(
+        self, bundle: Bundle, session: Session, *, engine: str, precision: str, reasons: tuple[str, ...] = ()
+    ) -> None:
+        self.bundle = bundle
+        self.session = session
+        self.engine = engine
+        self.precision = precision
+        self.reasons = reasons
+        self.thresholds: Thresholds = bundle.manifest.thresholds[f"{engine}/{precision}"]
+        self._spec = bundle.manifest.input.preprocess
+        darkest, brightest = bundle.manifest.input.brightness
+        self._black = min(_BLACK, darkest / 2)
+        self._white = max(_WHITE, (brightest + 255) / 2)
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.session.close()
+
+    def score_file(self, path: Path | str) -> Result:
+        """Score one image file; an unreadable file gives an INVALID result, not an exception."""
+        start = perf_counter()
+        try:
+            image = load_image(path)
+        except ImageError as error:
+            return self._invalid(error.reason, path=str(path))
+        return self._score(image, {"decode": _ms_since(start)}, str(path))
+
+    def score_image(self, image: Image.Image | npt.NDArray[np.uint8]) -> Result:
+        """Score one picture in memory: RGB, Pillow or uint8 [h, w, 3]."""
+        if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+            return self._invalid(f"the array is {image.dtype} {list(image.shape)}, not uint8 [h, w, 3]")
+        return self._score(image, {}, "")
+
+    def _score(self, image: Image.Image | npt.NDArray[np.uint8], ms: dict[str, float], path: str) -> Result:
+        start = perf_counter()
+        pixels = preprocess(image, self._spec)
+        ms["resize"] = _ms_since(start)
+        return self.score_pixels(pixels, ms, path)
+
+    def score_pixels(
+        self, pixels: npt.NDArray[np.uint8], ms: dict[str, float] | None = None, path: str = ""
+    ) -> Result:
+        """Score a model input, uint8 [height, width, 3], that `preprocess` has made; `ms` and `path` are passed on."""
+        ms = {} if ms is None else ms
+        if reason := self._exposure_fault(pixels):
+            return self._invalid(reason, ms, path)
+        start = perf_counter()
+        outputs = self.session.run(pixels[np.newaxis])
+        ms["infer"] = _ms_since(start)
+        score, anomaly_map = float(outputs["score"][0]), outputs["anomaly_map"][0]
+        if not (math.isfinite(score) and np.isfinite(anomaly_map).all()):
+            return self._invalid("the model's output is not finite", ms, path)
+        fail, warn = self.thresholds.fail.value, self.thresholds.warn.value
+        return Result(verdict_of(score, self.thresholds), score, fail, warn, ms, anomaly_map, path)
+
+    def _exposure_fault(self, pixels: npt.NDArray[np.uint8]) -> str:
+        mean = float(pixels.mean())
+        if mean < self._black:
+            return f"the picture is black (mean grey level {mean:.1f})"
+        if mean > self._white:
+            return f"the picture is white (mean grey level {mean:.1f})"
+        return ""
+
+    def _invalid(self, reason: str, ms: dict[str, float] | None = None, path: str = "") -> Result:
+        fail, warn = self.thresholds.fail.value, self.thresholds.warn.value
+        return Result("INVALID", None, fail, warn, ms or {}, path=path, reason=reason)
+
+
+def verdict_of(score: float, thresholds: Thresholds) -> Verdict:
+    """Return the verdict for a finite score: NG above `fail`, WARN above `warn`, else OK."""
+    if score > thresholds.fail.value:
+        return "NG"
+    return "WARN" if score > thresholds.warn.value else "OK"
+
+
+def open_scorer(
+    path: Path | str, *, engine: str = "auto", precision: str = "auto", threads: int | None = None
+) -> Scorer:
+    """Verify a bundle, load it on the best usable engine and return a scorer.
+
+    >>> with open_scorer("part.eab") as scorer:  # doctest: +SKIP
+    ...     print(scorer.score_file("photo.jpg").verdict)
+    OK
+
+    Raises:
+        ArtefactError, UsageError, MissingRequirementError: as `read_bundle` and `open_session`.
+    """
+    bundle = read_bundle(path)
+    session, engine, precision, reasons = open_session(bundle, engine=engine, precision=precision, threads=threads)
+    return Scorer(bundle, session, engine=engine, precision=precision, reasons=reasons)
+
+
+def _ms_since(start: float) -> float:
+    return round((perf_counter() - start) * 1e3, 3)
