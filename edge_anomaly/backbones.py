@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from edge_anomaly_runtime.errors import MissingRequirementError, UsageError, did_you_mean
 from torch import nn
 
+from edge_anomaly_runtime.errors import MissingRequirementError, UsageError, did_you_mean
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# The (byte - 127) / 128 that EfficientNet-Lite was trained with: bytes stay whole numbers, so INT8 input is lossless.
+LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
 
 RANDOM_WEIGHTS = "random"
 DEFAULT_WEIGHTS = "default"
@@ -45,7 +47,7 @@ BACKBONES: dict[str, BackboneSpec] = {
         "wide_resnet50_2", *IMAGENET, {"layer1": (256, 4), "layer2": (512, 8), "layer3": (1024, 16)}, "IMAGENET1K_V1"
     ),
     "efficientnet_lite0": BackboneSpec(
-        "efficientnet_lite0", *HALF, {"layer1": (24, 4), "layer2": (40, 8), "layer3": (112, 16)}, _LITE0_PACKAGE
+        "efficientnet_lite0", *LITE, {"layer1": (24, 4), "layer2": (40, 8), "layer3": (112, 16)}, _LITE0_PACKAGE
     ),
 }
 
@@ -58,6 +60,9 @@ class Backbone(nn.Module):
 
     Input uint8 [N, H, W, 3] RGB; output one float32 [N, C, H/stride, W/stride] per layer.
     """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, spec: BackboneSpec, layers: tuple[str, ...], stem: nn.Module, stages: list[nn.Module]) -> None:
         super().__init__()
@@ -191,7 +196,9 @@ def _read_weights_file(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zip and pickle errors share no base
-        raise UsageError(f"Cannot read weights from {path}: {error}", "Give a state dict, not a whole model.") from error
+        raise UsageError(
+            f"Cannot read weights from {path}: {error}", "Give a state dict, not a whole model."
+        ) from error
     if not isinstance(state, dict):
         raise UsageError(f"{path} holds a {type(state).__name__}, not a state dict.")
     return state

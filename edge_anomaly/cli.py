@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from edge_anomaly_runtime.cli import app, describe_threshold, run
+
+from edge_anomaly_runtime.cli import app, run
 from edge_anomaly_runtime.errors import MissingRequirementError, UsageError, did_you_mean
 
 MODELS = ["padim"]

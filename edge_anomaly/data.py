@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from edge_anomaly_runtime.errors import UsageError, missing_extra
 from edge_anomaly_runtime.images import SUFFIXES, list_images
 
@@ -75,7 +76,9 @@ def _open_mvtec(root: Path) -> Dataset:
     good = root / "train" / GOOD
     train = [Item(path) for path in _images_in(good)]
     if not train:
-        raise UsageError(f"There are no normal images in {good}.", f"Put them there; read are {', '.join(sorted(SUFFIXES))}.")
+        raise UsageError(
+            f"There are no normal images in {good}.", f"Put them there; read are {', '.join(sorted(SUFFIXES))}."
+        )
     test = [
         Item(path, folder.name, _mask_of(root, folder.name, path))
         for folder in sorted((root / "test").glob("*/"))

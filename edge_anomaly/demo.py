@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
 from edge_anomaly_export.exporting import ExportOptions, export_run
 from edge_anomaly_runtime.atomic import check_free, disk_errors, replace_file
 from edge_anomaly_runtime.bench import run_bench
@@ -21,7 +23,6 @@ from edge_anomaly_runtime.preprocess import Preprocess
 from edge_anomaly_runtime.progress import say
 from edge_anomaly_runtime.scoring import open_scorer, verdict_of
 from edge_anomaly_runtime.selftest import run_selftest
-from PIL import Image
 
 from .data import GOOD, NAMED, UNSURE, Item, open_dataset
 from .evaluate import evaluate_items, open_judge
@@ -157,7 +158,9 @@ def _say_figures(figures: dict[str, dict[str, Any]], benches: dict[str, dict[str
     for key, row in figures.items():
         alarms = row["false_alarms"]["fail"]
         image = f"image AUROC {row['image']['auroc']:.4f}  " if "image" in row else ""
-        pixel = f"pixel AUROC {row['pixel']['auroc']:.4f}  AUPRO {row['pixel']['aupro']:.4f}  " if "pixel" in row else ""
+        pixel = (
+            f"pixel AUROC {row['pixel']['auroc']:.4f}  AUPRO {row['pixel']['aupro']:.4f}  " if "pixel" in row else ""
+        )
         say(
             f"{key:15} {image}{pixel}false alarms {alarms['alarms']}/{alarms['images']}  "
             f"p50 {benches[key]['latency_ms']['infer']['p50']:.2f} ms"

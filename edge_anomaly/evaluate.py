@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+
 from edge_anomaly_runtime.bundle import Threshold, Thresholds
 from edge_anomaly_runtime.errors import ImageError, UsageError
 from edge_anomaly_runtime.images import load_image
 from edge_anomaly_runtime.preprocess import Preprocess, preprocess
 from edge_anomaly_runtime.progress import track
 from edge_anomaly_runtime.scoring import open_scorer
-from PIL import Image
 
 from . import metrics
 from .data import GOOD, UNSURE, Item

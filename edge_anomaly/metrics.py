@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage, stats  # type: ignore[import-untyped]
-from sklearn import metrics as sklearn_metrics  # type: ignore[import-untyped]
+from scipy import ndimage, stats
+from sklearn import metrics as sklearn_metrics
 
 from edge_anomaly_runtime.errors import UsageError
 

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from edge_anomaly_runtime.errors import UsageError
 from torch import nn
+
+from edge_anomaly_runtime.errors import UsageError
 
 from .backbones import BACKBONES, Backbone
 
@@ -54,7 +55,9 @@ class PadimConfig:
         if self.reduction not in get_args(ReductionKind):
             raise UsageError(f"Unknown reduction {self.reduction!r}.", f"Choose: {', '.join(get_args(ReductionKind))}.")
         if self.covariance not in get_args(CovarianceKind):
-            raise UsageError(f"Unknown covariance {self.covariance!r}.", f"Choose: {', '.join(get_args(CovarianceKind))}.")
+            raise UsageError(
+                f"Unknown covariance {self.covariance!r}.", f"Choose: {', '.join(get_args(CovarianceKind))}."
+            )
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"A shrinkage of {self.shrinkage:g} is not possible.", "Choose 0 to 1.")
         if self.epsilon <= 0 or self.smoothing < 0:
@@ -165,10 +168,9 @@ class PadimHead(nn.Module):
         top = F.conv2d(first, self.whitening_top, groups=self.groups)
         whole = places.reshape(-1, self.groups * self.dims, 1, 1)
         bottom = F.conv2d(whole, self.whitening_bottom, groups=self.groups)
-        return (
-            top.reshape(-1, self.groups, self.top).square().sum(dim=2)
-            + bottom.reshape(-1, self.groups, self.dims - self.top).square().sum(dim=2)
-        )
+        return top.reshape(-1, self.groups, self.top).square().sum(dim=2) + bottom.reshape(
+            -1, self.groups, self.dims - self.top
+        ).square().sum(dim=2)
 
 
 class Padim(nn.Module):
@@ -232,9 +234,7 @@ def _whitening(covariance: npt.NDArray[np.float64], config: PadimConfig) -> npt.
     return np.asarray(np.linalg.solve(np.linalg.cholesky(regular), identity))
 
 
-def head_arrays(
-    config: PadimConfig, gaussian: Gaussian, grid: tuple[int, int]
-) -> dict[str, npt.NDArray[np.float32]]:
+def head_arrays(config: PadimConfig, gaussian: Gaussian, grid: tuple[int, int]) -> dict[str, npt.NDArray[np.float32]]:
     """Return the head's fitted buffers by name, float32 in the shapes of `PadimHead`."""
     top = config.reduced // 2
     whitening = gaussian.whitening.astype(np.float32)

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
+
 from edge_anomaly_runtime.errors import ImageError, UsageError
 from edge_anomaly_runtime.images import read_images
 from edge_anomaly_runtime.preprocess import Preprocess
 from edge_anomaly_runtime.progress import say, track
 from edge_anomaly_runtime.session import Session
-from torch import nn
 
 Pixels = npt.NDArray[np.uint8]
 # uint8 [N, H, W, 3] to score float32 [N] and map float32 [N, h, w].

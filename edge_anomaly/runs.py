@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+
 from edge_anomaly_runtime.bundle import Thresholds
 from edge_anomaly_runtime.errors import ArtefactError, UsageError
 from edge_anomaly_runtime.preprocess import Preprocess
-from safetensors.torch import load_file, save_file
 
 from .backbones import RANDOM_WEIGHTS, build_backbone
 from .data import Item

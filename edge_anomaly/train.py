@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from edge_anomaly_calibration.thresholds import fit_thresholds
 from edge_anomaly_runtime.atomic import check_free, new_folder
 from edge_anomaly_runtime.bundle import Thresholds
@@ -104,11 +105,13 @@ def _announce(config: PadimConfig, preprocess: Preprocess, fit: int, holdout: in
     )
     say(f"fitting on {fit} images, {holdout} held out for the thresholds, seed {config.seed}")
     if fit < MIN_IMAGES:
-        raise UsageError(f"{fit} images to fit on are too few.", f"Give at least {MIN_IMAGES}, held-out ones not counted.")
+        raise UsageError(
+            f"{fit} images to fit on are too few.", f"Give at least {MIN_IMAGES}, held-out ones not counted."
+        )
     if fit < advised_images(config):
         say(
-            f"Warning: {fit} images are few for {config.reduced} channels; {advised_images(config)} or more are advisable "
-            "(or fewer channels with --dims, or --covariance tied)."
+            f"Warning: {fit} images are few for {config.reduced} channels; {advised_images(config)} or more are "
+            "advisable (or fewer channels with --dims, or --covariance tied)."
         )
     if weights == RANDOM_WEIGHTS:
         say("Warning: random weights are for timing and tests; such a model finds nothing.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
+
 from edge_anomaly_runtime.bundle import Thresholds
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
 
@@ -120,4 +121,4 @@ def _with_outputs(model: onnx.ModelProto, tensors: list[str]) -> bytes:
     copy.CopyFrom(model)
     del copy.graph.output[:]
     copy.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors)
-    return copy.SerializeToString()
+    return bytes(copy.SerializeToString())

@@ -14,9 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from edge_anomaly_runtime.atomic import replace_file
-from edge_anomaly_runtime.errors import EdgeAnomalyError
-from edge_anomaly_runtime.images import file_sha256
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -25,6 +22,10 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from edge_anomaly_runtime.atomic import replace_file
+from edge_anomaly_runtime.errors import EdgeAnomalyError
+from edge_anomaly_runtime.images import file_sha256
 
 HEAD_PREFIX = "head/"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from edge_anomaly_runtime.errors import ImageError, UsageError
 from edge_anomaly_runtime.images import file_sha256, read_images
 from edge_anomaly_runtime.preprocess import Preprocess

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
+
 from edge_anomaly_runtime.bundle import Threshold, Thresholds
 from edge_anomaly_runtime.errors import UsageError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import tempfile
 import time
@@ -16,19 +17,22 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from edge_anomaly.report import bundle_report
+
 from edge_anomaly.data import GOOD, UNSURE
 from edge_anomaly.padim import Padim, fit_gaussian, head_arrays
 from edge_anomaly.prediction import Pixels, predict, read_pixels, session_scores, torch_scores
-from edge_anomaly.report import bundle_report
 from edge_anomaly.runs import Run, load_model, load_run, now_utc, package_versions
 from edge_anomaly_calibration.guard import GuardLimits, GuardReport, layer_damage
 from edge_anomaly_calibration.quantize import (
+    HEAD_PREFIX,
     METHOD,
     emit_cpu_model,
     measure_ranges,
     prepare_float_model,
     quantized_share,
 )
+from edge_anomaly_calibration.rounding import round_weights
 from edge_anomaly_calibration.selection import CalibrationImages, choose_calibration_images
 from edge_anomaly_calibration.thresholds import fit_thresholds
 from edge_anomaly_runtime.atomic import new_folder
@@ -54,7 +58,7 @@ from edge_anomaly_runtime.progress import say, track
 from edge_anomaly_runtime.session import ENGINES, PRECISIONS, is_installed, open_engine
 
 from .golden import golden_from_images
-from .graph import OPSET, onnx_from_detector, only_output, with_head_arrays, without_output
+from .graph import OPSET, only_output, onnx_from_detector, with_head_arrays, without_output
 from .parity import Judged, compare_graph, parity_table
 
 TARGETS = ("onnx", "openvino")
@@ -66,6 +70,7 @@ IR_XML, IR_BIN = "openvino/model.xml", "openvino/model.bin"
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "int8": 5e-2}
 
 _MAX_COMPARED = 1000
+_ROUNDING_IMAGES = 48
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def _build(run: Run, out: Path, options: ExportOptions) -> tuple[Manifest, dict[
 
 def _comparison_images(run: Run) -> _Comparison:
     """Read the held-out normal images and the labelled ones, as far as they are still there."""
-    present = [item for item in run.test if item.path.exists()][: _MAX_COMPARED]
+    present = [item for item in run.test if item.path.exists()][:_MAX_COMPARED]
     if len(present) < len(run.test):
         say(f"Comparing on {len(present)} of {len(run.test)} labelled images.")
     labels = {item.path: item.label for item in present}
@@ -215,20 +220,20 @@ def _quantise(run: Run, traced: onnx.ModelProto, options: ExportOptions) -> tupl
             f"--precision int8 needs calibration images, and the training images of {run.path} are gone.",
             "Put them back, train again, or export with --precision fp32.",
         )
-    images = choose_calibration_images(
-        present, run.preprocess, count=options.calibration_images, seed=options.seed
-    )
+    images = choose_calibration_images(present, run.preprocess, count=options.calibration_images, seed=options.seed)
     say(f"calibrating on {len(images.paths)} normal images, {len(images.synthetic)} of them with a synthetic anomaly")
     with tempfile.TemporaryDirectory() as scratch:
-        traced_file, prepared = Path(scratch) / "float.onnx", Path(scratch) / "prepared.onnx"
+        traced_file, prepared, rounded = (Path(scratch) / f"{name}.onnx" for name in ("traced", "prepared", "rounded"))
         onnx.save(traced, traced_file)
         prepare_float_model(traced_file, prepared)
+        shown = track(itertools.islice(images, _ROUNDING_IMAGES), "rounding weights", _ROUNDING_IMAGES)
+        onnx.save(round_weights(onnx.load(prepared), shown, head_prefix=HEAD_PREFIX, seed=options.seed), rounded)
         ranges = _ranges_file(run, scratch)
-        measure_ranges(prepared, track(images, "calibrating", len(images.paths)), images.sha256(), ranges)
-        quantised = emit_cpu_model(prepared, ranges)
+        measure_ranges(rounded, track(images, "calibrating", len(images.paths)), images.sha256(), ranges)
+        quantised = emit_cpu_model(rounded, ranges)
         share = quantized_share(quantised)
         say(f"{share:.0%} of the backbone's convolutions and matrix products are INT8; the head stays float")
-        return quantised, _calibration_record(images, file_sha256(prepared))
+        return quantised, _calibration_record(images, file_sha256(rounded))
 
 
 def _ranges_file(run: Run, scratch: str) -> Path:
@@ -279,9 +284,7 @@ def _emit(graphs: dict[str, onnx.ModelProto], options: ExportOptions) -> tuple[d
 
 
 def _judge_torch(run: Run, model: Padim, comparison: _Comparison, options: ExportOptions) -> Judged:
-    predictions = predict(
-        torch_scores(model), comparison.pixels, what="torch", total=len(comparison.pixels)
-    )
+    predictions = predict(torch_scores(model), comparison.pixels, what="torch", total=len(comparison.pixels))
     return Judged(predictions, _thresholds(predictions, comparison, options))
 
 

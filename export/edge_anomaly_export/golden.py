@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+
 from edge_anomaly.prediction import Pixels, predict, session_scores
 from edge_anomaly_calibration.selection import synthetic_anomaly
 from edge_anomaly_runtime.bundle import GoldenImage, Thresholds
 from edge_anomaly_runtime.images import load_image
 from edge_anomaly_runtime.scoring import verdict_of
 from edge_anomaly_runtime.session import Session
-from PIL import Image
 
 _NORMAL, _SYNTHETIC = 5, 3
 _MAX_PIXELS = 2_000_000

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from edge_anomaly_runtime.errors import EdgeAnomalyError
 from onnx import numpy_helper
 from torch import nn
+
+from edge_anomaly_runtime.errors import EdgeAnomalyError
 
 OPSET = 18
 OUTPUTS = ("score", "anomaly_map", "embedding")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from edge_anomaly.prediction import Predictions
 from edge_anomaly_calibration.guard import GuardLimits, GuardReport, auroc, compare
 from edge_anomaly_runtime.bundle import ParityRow, Thresholds
@@ -63,9 +64,10 @@ def parity_table(rows: Sequence[ParityRow]) -> str:
     ]
     for row in rows:
         area = "-" if row.auroc is None else f"{row.auroc:.4f}"
+        verdict = "ok" if row.ok else "FAIL"
         lines.append(
             f"{'':8}{row.backend:18}{row.score_difference:12.1e}{row.map_difference:12.1e}"
-            f"{f'{row.flips}/{row.images}':>15}{area:>9}{row.distinct:10.0%}  {row.limit:30} {'ok' if row.ok else 'FAIL'}"
+            f"{f'{row.flips}/{row.images}':>15}{area:>9}{row.distinct:10.0%}  {row.limit:30} {verdict}"
         )
     return "\n".join(lines)
 

@@ -179,7 +179,7 @@ class Bundle:
         if key not in self.manifest.graphs or key not in self.manifest.thresholds:
             raise UsageError(
                 f"Bundle {self.path} has no graph and thresholds for {key}; it has {', '.join(self.manifest.graphs)}.",
-                f"Export it again with --target {'onnx' if engine == 'onnxruntime' else engine} --precision {precision}.",
+                f"Export it again with --precision {precision}, with {engine} installed.",
             )
         return self.manifest.graphs[key]
 

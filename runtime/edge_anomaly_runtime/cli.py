@@ -15,7 +15,11 @@ import typer
 from .errors import EdgeAnomalyError, GateError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from .scoring import Result
+    import numpy as np
+    import numpy.typing as npt
+
+    from .bundle import Threshold
+    from .scoring import Result, Scorer
 
 app = typer.Typer(
     name="edge-anomaly",
@@ -42,7 +46,9 @@ _FAIL_ON = {"ng": ("NG", "INVALID"), "warn": ("WARN", "NG", "INVALID")}
 
 @app.callback()
 def main(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
 ) -> None:
     # `--debug` is taken out of the arguments by `run`, which prints the errors.
@@ -91,7 +97,7 @@ def score(
             counts[result.verdict] += 1
             print(json.dumps(_row(result)), flush=True)
             if overlay is not None and result.anomaly_map is not None:
-                _write_overlay(path, names[path], result, scorer)
+                _write_overlay(path, names[path], result.anomaly_map, scorer)
     say(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     if counts["INVALID"] == len(paths):
         raise UsageError(f"None of the {len(paths)} images could be judged.", "The reason of each is in its line.")
@@ -163,7 +169,9 @@ def bench(
         return
     say(f"{report['engine']} {report['precision']}, {report['environment']['threads']} threads, {runs} runs, ms")
     for stage, values in report["latency_ms"].items():
-        shown = "  ".join(f"{name} {'n/a' if value is None else format(value, '.2f')}" for name, value in values.items())
+        shown = "  ".join(
+            f"{name} {'n/a' if value is None else format(value, '.2f')}" for name, value in values.items()
+        )
         print(f"{stage:17} {shown}")
     print(f"{'cpu per image':17} {report['infer_cpu_ms']:.2f}")
 
@@ -180,7 +188,9 @@ def bundle_info(bundle: BundleArg, as_json: JsonOption = False) -> None:
     if as_json:
         print(manifest_bytes(manifest).decode(), end="")
         return
-    print(f"{manifest.name}  {manifest.schema_}  {manifest.precision}  made {manifest.created_utc}  seed {manifest.seed}")
+    print(
+        f"{manifest.name}  {manifest.schema_}  {manifest.precision}  made {manifest.created_utc}  seed {manifest.seed}"
+    )
     print(f"model   {manifest.model.kind} {json.dumps(manifest.model.parameters)}")
     print(f"input   {manifest.input.shape} {manifest.input.preprocess}")
     for key, limits in manifest.thresholds.items():
@@ -226,7 +236,7 @@ def doctor(as_json: JsonOption = False) -> None:
         print(line)
 
 
-def describe_threshold(name: str, threshold: Any) -> str:
+def describe_threshold(name: str, threshold: Threshold) -> str:
     """Say a threshold in counts, for people who stop lines and not for statisticians."""
     per_thousand = threshold.alpha * 1000
     return (
@@ -298,7 +308,7 @@ def _overlay_names(paths: list[Path], folder: Path | None) -> dict[Path, Path]:
     return names
 
 
-def _write_overlay(path: Path, target: Path, result: Result, scorer: Any) -> None:
+def _write_overlay(path: Path, target: Path, anomaly_map: npt.NDArray[np.float32], scorer: Scorer) -> None:
     import io
 
     from .atomic import replace_file
@@ -306,7 +316,7 @@ def _write_overlay(path: Path, target: Path, result: Result, scorer: Any) -> Non
     from .overlay import draw_overlay
 
     spec = scorer.bundle.manifest.input.preprocess
-    picture = draw_overlay(load_image(path), result.anomaly_map, spec, scorer.thresholds.pixel.value)
+    picture = draw_overlay(load_image(path), anomaly_map, spec, scorer.thresholds.pixel.value)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     replace_file(target, buffer.getvalue())

@@ -66,7 +66,10 @@ def cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(
-        flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split(":", 1)[1].split()
+        flag
+        for line in lines
+        if line.lower().startswith(("flags", "features"))
+        for flag in line.split(":", 1)[1].split()
     )
 
 

@@ -87,11 +87,11 @@ def list_images(sources: Iterable[Path | str]) -> list[Path]:
     Raises:
         UsageError: a source does not exist, or there is no image file at all.
     """
-    sources = [Path(source) for source in sources]
-    found = [path for source in sources for path in _expand(source)]
+    roots = [Path(source) for source in sources]
+    found = [path for root in roots for path in _expand(root)]
     if not found:
         raise UsageError(
-            f"No image files in {', '.join(map(str, sources))}.", f"Looked for: {', '.join(sorted(SUFFIXES))}."
+            f"No image files in {', '.join(map(str, roots))}.", f"Looked for: {', '.join(sorted(SUFFIXES))}."
         )
     return found
 

@@ -34,7 +34,7 @@ def draw_overlay(
 def map_to_source(
     anomaly_map: npt.NDArray[np.float32], size: tuple[int, int], spec: Preprocess
 ) -> npt.NDArray[np.float32]:
-    """Bring a map from the model's grid to a picture of `size` (width, height), bilinear, 0 where the model saw nothing.
+    """Bring a map from the model's grid to a picture of `size` (width, height), bilinear; 0 where it saw nothing.
 
     Returns float32 [height, width].
     """

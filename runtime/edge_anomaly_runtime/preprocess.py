@@ -53,7 +53,10 @@ class Preprocess:
 
 
 def preprocess(
-    image: Image.Image | npt.NDArray[np.uint8], spec: Preprocess, *, resample: Image.Resampling = Image.Resampling.BILINEAR
+    image: Image.Image | npt.NDArray[np.uint8],
+    spec: Preprocess,
+    *,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> npt.NDArray[np.uint8]:
     """Cut and resize one picture to the model's input, antialiased.
 
@@ -72,7 +75,7 @@ def preprocess(
 
 
 def source_box(size: tuple[int, int], spec: Preprocess) -> Box:
-    """Return the part of a picture of `size` (width, height) that the model sees: left, top, right, bottom in pixels."""
+    """Return what the model sees of a picture of `size` (width, height): left, top, right, bottom in pixels."""
     width, height = size
     left, top = spec.roi[0] * width, spec.roi[1] * height
     right, bottom = spec.roi[2] * width, spec.roi[3] * height

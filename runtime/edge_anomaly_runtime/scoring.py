@@ -96,9 +96,7 @@ class Scorer:
         ms["resize"] = _ms_since(start)
         return self.score_pixels(pixels, ms, path)
 
-    def score_pixels(
-        self, pixels: npt.NDArray[np.uint8], ms: dict[str, float] | None = None, path: str = ""
-    ) -> Result:
+    def score_pixels(self, pixels: npt.NDArray[np.uint8], ms: dict[str, float] | None = None, path: str = "") -> Result:
         """Score a model input, uint8 [height, width, 3], that `preprocess` has made; `ms` and `path` are passed on."""
         ms = {} if ms is None else ms
         if reason := self._exposure_fault(pixels):

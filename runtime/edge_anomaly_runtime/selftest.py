@@ -41,7 +41,9 @@ def run_selftest(scorer: Scorer) -> list[GoldenCheck]:
     ]
 
 
-def _check(scorer: Scorer, golden: GoldenImage, expected_map: npt.NDArray[np.float32], key: str, tolerance: float) -> GoldenCheck:
+def _check(
+    scorer: Scorer, golden: GoldenImage, expected_map: npt.NDArray[np.float32], key: str, tolerance: float
+) -> GoldenCheck:
     with Image.open(io.BytesIO(scorer.bundle.read(golden.file))) as file:
         picture = np.asarray(file.convert("RGB"))
     result = scorer.score_pixels(picture) if golden.preprocessed else scorer.score_image(picture)

@@ -71,7 +71,7 @@ def open_session(
 
 
 def open_engine(engine: str, model: bytes, *, weights: bytes | None = None, threads: int | None = None) -> Session:
-    """Load a graph from bytes: ONNX, or OpenVINO IR with its `weights`; `threads` defaults to what the machine grants."""
+    """Load ONNX, or OpenVINO IR with its `weights`, from bytes; `threads` defaults to what the machine grants."""
     threads = threads or usable_cpus()
     if engine == "openvino":
         from .engine_openvino import open_openvino

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy import stats  # type: ignore[import-untyped]
-from sklearn import metrics as sklearn_metrics  # type: ignore[import-untyped]
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
 
 from edge_anomaly import metrics
 from edge_anomaly_runtime.errors import UsageError

@@ -1,0 +1,536 @@
+"""From a run to a bundle: what is in it, when it is refused, and that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from edge_anomaly.data import GOOD, UNSURE
+from edge_anomaly.padim import Padim
+from edge_anomaly.prediction import read_pixels
+from edge_anomaly.runs import Run, load_run
+from edge_anomaly_calibration.guard import GuardLimits
+from edge_anomaly_calibration.quantize import quantized_share
+from edge_anomaly_calibration.selection import choose_calibration_images
+from edge_anomaly_calibration.thresholds import fit_thresholds
+from edge_anomaly_export import exporting
+from edge_anomaly_export.exporting import ExportOptions, export_run
+from edge_anomaly_export.graph import onnx_from_detector, with_head_arrays
+from edge_anomaly_runtime.atomic import new_folder
+from edge_anomaly_runtime.bundle import Bundle, Manifest, file_entry, manifest_bytes, read_bundle
+from edge_anomaly_runtime.engine_openvino import open_openvino
+from edge_anomaly_runtime.errors import ArtefactError, GateError, MissingRequirementError, UsageError
+from edge_anomaly_runtime.session import open_engine, open_session
+
+Pixels = npt.NDArray[np.uint8]
+KEYS = ["openvino/fp32", "openvino/int8", "onnxruntime/fp32", "onnxruntime/int8"]
+ANYTHING_GOES = GuardLimits(auroc_drop=1.0, flips=1.0, distinct=0.0)
+
+
+@pytest.fixture
+def run_copy(run_folder: Path, tmp_path: Path) -> Path:
+    """A run of the test's own: export stores the INT8 ranges in it."""
+    return Path(shutil.copytree(run_folder, tmp_path / "run"))
+
+
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch, bundle_folder: Path) -> None:
+    """Trace the shared run's model once for all tests of this module: it takes seconds and is the same each time."""
+
+    def from_memory(model: Padim, height: int, width: int) -> onnx.ModelProto:
+        if not _TRACED:
+            _TRACED.append(onnx_from_detector(model, height, width))
+        copy = onnx.ModelProto()
+        copy.CopyFrom(_TRACED[0])
+        return copy
+
+    monkeypatch.setattr(exporting, "onnx_from_detector", from_memory)
+
+
+_TRACED: list[onnx.ModelProto] = []
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_folder: Path) -> Bundle:
+    return read_bundle(bundle_folder)
+
+
+@pytest.fixture(scope="module")
+def run(run_folder: Path) -> Run:
+    return load_run(run_folder)
+
+
+@pytest.fixture(scope="module")
+def holdout(run: Run) -> Pixels:
+    return read_pixels(run.holdout, run.preprocess, strict=True, what="")[1]
+
+
+def rewrite(run_folder: Path, **changes: object) -> None:
+    record = json.loads((run_folder / "run.json").read_text())
+    (run_folder / "run.json").write_text(json.dumps({**record, **changes}))
+
+
+def scores(model: onnx.ModelProto, pixels: Pixels) -> npt.NDArray[np.float64]:
+    session = open_engine("onnxruntime", model.SerializeToString(), threads=1)
+    return np.array([float(session.run(image[np.newaxis])["score"][0]) for image in pixels])
+
+
+def graph(bundle: Bundle, name: str) -> onnx.ModelProto:
+    return onnx.load_from_string(bundle.read(name))
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".tmp-")]
+
+
+# What is in a bundle
+
+
+def test_every_file_is_listed_and_every_listed_file_is_there(bundle: Bundle) -> None:
+    golden = {f"golden/{index:03}.png" for index in range(8)} | {"golden/maps.npz"}
+    models = {"model.onnx", "model.int8.cpu.onnx", "openvino/model.xml", "openvino/model.bin"}
+    assert set(bundle.manifest.files) == golden | models | {"report/index.html"}
+    assert files_below(bundle.path) == set(bundle.manifest.files) | {"manifest.json", "manifest.sha256"}
+    for name, entry in bundle.manifest.files.items():
+        data = (bundle.path / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.size, entry.sha256), name
+
+
+def test_every_engine_and_precision_has_a_graph_and_its_own_thresholds(bundle: Bundle) -> None:
+    assert bundle.manifest.graphs == {
+        "openvino/fp32": "model.onnx",
+        "openvino/int8": "openvino/model.xml",
+        "onnxruntime/fp32": "model.onnx",
+        "onnxruntime/int8": "model.int8.cpu.onnx",
+    }
+    assert set(bundle.manifest.thresholds) == set(KEYS)
+    limits = {key: value.fail.value for key, value in bundle.manifest.thresholds.items()}
+    assert limits["openvino/fp32"] == pytest.approx(limits["onnxruntime/fp32"], rel=1e-4)
+    assert len(set(limits.values())) == 4
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_thresholds_come_from_the_held_out_images_on_that_very_graph(bundle: Bundle, holdout: Pixels, key: str) -> None:
+    engine, precision = key.split("/")
+    session = open_session(bundle, engine=engine, precision=precision)[0]
+    results = [session.run(image[np.newaxis]) for image in holdout]
+    session.close()
+    expected = fit_thresholds(
+        [float(result["score"][0]) for result in results],
+        [float(result["anomaly_map"].max()) for result in results],
+        alpha_warn=0.05,
+        alpha_fail=0.01,
+    )
+    got = bundle.manifest.thresholds[key]
+    for name in ("warn", "fail", "pixel"):
+        assert getattr(got, name).value == pytest.approx(getattr(expected, name).value, rel=1e-4), name
+        assert getattr(got, name).n == len(holdout) == 12
+    assert got.scores == pytest.approx(expected.scores, rel=1e-4)
+
+
+def test_manifest_describes_model_input_and_outputs(bundle: Bundle, run: Run) -> None:
+    manifest = bundle.manifest
+    assert (manifest.schema_, manifest.name, manifest.precision) == ("edge-anomaly.bundle/1", "parts", "int8")
+    assert manifest.model.kind == "padim"
+    parameters = manifest.model.parameters
+    assert (parameters["backbone"], parameters["dims"], parameters["opset"]) == ("efficientnet_lite0", 32, 18)
+    assert parameters["images"] == 48
+    assert (manifest.input.shape, manifest.input.preprocess) == ((1, 128, 128, 3), run.preprocess)
+    assert manifest.input.brightness == run.brightness
+    assert [(output.name, output.role, output.shape) for output in manifest.outputs] == [
+        ("score", "score", (1,)),
+        ("anomaly_map", "map", (1, 16, 16)),
+    ]
+    assert manifest.golden_tolerance == {"fp32": 1e-3, "int8": 5e-2}
+    assert manifest.seed == run.seed
+    assert abs(manifest.seq - time.time()) < 3600
+    assert {"onnx", "onnxruntime", "openvino", "torch"} <= set(manifest.versions)
+
+
+def test_manifest_describes_calibration_and_training(bundle: Bundle, run: Run) -> None:
+    calibration = bundle.manifest.calibration
+    assert calibration is not None
+    assert (calibration.method, calibration.images, calibration.synthetic, calibration.seed) == ("minmax", 32, 16, 0)
+    chosen = choose_calibration_images(run.fit, run.preprocess, count=32, seed=0)
+    assert calibration.images_sha256 == chosen.sha256()
+    key = json.loads((run.path / "calibration" / "ranges.key.json").read_text())
+    assert key["images_sha256"] == calibration.images_sha256
+    assert key["float_model_sha256"] == calibration.float_model_sha256
+    training = bundle.manifest.training
+    assert (training["train"], training["fitted"], training["held_out"], training["skipped"]) == (60, 48, 12, 0)
+    assert training["weights"] == "default"
+    hashes = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in run.fit)
+    assert training["images_sha256"] == hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def test_parity_compares_every_graph_on_held_out_and_labelled_images(bundle: Bundle) -> None:
+    rows = {row.backend.replace(" ", "/"): row for row in bundle.manifest.parity}
+    assert set(rows) == set(KEYS)
+    assert {row.images for row in rows.values()} == {12 + 32}
+    for key in ("openvino/fp32", "onnxruntime/fp32"):
+        assert rows[key].ok
+        assert rows[key].score_difference < 1e-4
+        assert rows[key].flips == 0
+    for key in KEYS:
+        auroc = rows[key].auroc
+        assert auroc is not None
+        assert auroc > 0.7
+
+
+def test_report_is_a_page_about_this_bundle(bundle: Bundle) -> None:
+    page = bundle.read("report/index.html").decode()
+    assert "parts" in page
+    assert "<html" in page.lower()
+
+
+# The graphs in it
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.int8.cpu.onnx"])
+def test_graphs_are_self_contained(bundle: Bundle, name: str) -> None:
+    model = graph(bundle, name)
+    onnx.checker.check_model(model, full_check=True)
+    assert [output.name for output in model.graph.output] == ["score", "anomaly_map"]
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    named = [node.name for node in model.graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    assert {name.partition("/")[0] for name in named} == {"backbone", "head"}
+    assert not {node.op_type for node in model.graph.node} & {"BatchNormalization", "Identity"}
+    assert b"/tmp/" not in bundle.read(name)
+
+
+def test_the_backbone_is_int8_and_the_head_float(bundle: Bundle) -> None:
+    model = graph(bundle, "model.int8.cpu.onnx")
+    assert quantized_share(model) == 1.0
+    assert quantized_share(graph(bundle, "model.onnx")) == 0.0
+    backbone = sum(node.op_type == "Conv" and node.name.startswith("backbone/") for node in model.graph.node)
+    head = sum(node.op_type == "Conv" and node.name.startswith("head/") for node in model.graph.node)
+    dequantised = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    for node in model.graph.node:
+        if node.name.startswith("head/"):
+            assert not dequantised & set(node.input), node.name
+    session = open_openvino(bundle.read("openvino/model.xml"), weights=bundle.read("openvino/model.bin"), threads=1)
+    assert session.executed_precisions() == {"u8": backbone, "f32": head}
+
+
+def test_the_gaussian_is_fitted_on_the_features_of_the_int8_graph(bundle: Bundle, holdout: Pixels) -> None:
+    """With FP32 statistics the same INT8 features look anomalous, and every threshold is off."""
+    float_graph, int8_graph = graph(bundle, "model.onnx"), graph(bundle, "model.int8.cpu.onnx")
+    fp32_head = {
+        value.name.removeprefix("head."): numpy_helper.to_array(value)
+        for value in float_graph.graph.initializer
+        if value.name in ("head.mean", "head.whitening_top", "head.whitening_bottom")
+    }
+    assert len(fp32_head) == 3
+    expected = scores(float_graph, holdout)
+    refitted = scores(int8_graph, holdout)
+    mixed = scores(with_head_arrays(int8_graph, fp32_head), holdout)
+    assert refitted.mean() == pytest.approx(expected.mean(), rel=0.1)
+    assert mixed.mean() > 1.1 * expected.mean()
+    assert (mixed > refitted).mean() > 0.8
+
+
+# Other exports
+
+
+def test_float_export_needs_no_training_images(traced_once: None, run_copy: Path, tmp_path: Path) -> None:
+    rewrite(run_copy, fit=["/nowhere/1.png", "/nowhere/2.png"])
+    out = tmp_path / "float.eab"
+    manifest = export_run(run_copy, out, ExportOptions(("openvino",), "fp32"))
+    assert (out / "manifest.json").read_bytes() == manifest_bytes(manifest)
+    read_bundle(out)
+    assert (manifest.precision, manifest.calibration) == ("fp32", None)
+    assert manifest.graphs == {"openvino/fp32": "openvino/model.xml", "onnxruntime/fp32": "model.onnx"}
+    assert set(manifest.thresholds) == set(manifest.graphs)
+    assert not [name for name in manifest.files if "int8" in name]
+    assert [row.ok for row in manifest.parity] == [True, True]
+    assert "allow_drop" not in manifest.model.parameters
+    assert leftovers(tmp_path) == []
+
+
+def test_int8_export_without_training_images_is_refused(traced_once: None, run_copy: Path, tmp_path: Path) -> None:
+    rewrite(run_copy, fit=["/nowhere/1.png"])
+    with pytest.raises(UsageError, match=r"needs calibration images, and the training images of .* are gone") as raised:
+        export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "int8"))
+    assert "--precision fp32" in raised.value.hint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_export_without_held_out_images_is_refused(traced_once: None, run_copy: Path, tmp_path: Path) -> None:
+    rewrite(run_copy, holdout=["/nowhere/1.png"])
+    with pytest.raises(UsageError, match=r"held-out images of .* are gone"):
+        export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "fp32"))
+    assert leftovers(tmp_path) == []
+
+
+def test_graphs_are_compared_on_held_out_and_labelled_images_that_are_still_there(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = [item if item.label == GOOD else replace(item, path=Path("/nowhere") / item.path.name) for item in run.test]
+    comparison = exporting._comparison_images(replace(run, test=tuple(gone)))
+    assert "Comparing on 16 of 32 labelled images." in capsys.readouterr().err
+    assert comparison.paths == [*run.holdout, *(item.path for item in run.test if item.label == GOOD)]
+    assert comparison.holdout == 12
+    assert comparison.labels is None, "without a defect there is no AUROC"
+    assert len(comparison.pixels) == 28
+
+
+def test_unsure_images_are_part_of_no_figure(run: Run) -> None:
+    kinds = sorted({item.label for item in run.test} - {GOOD})
+    test = [replace(item, label=UNSURE) if item.label == kinds[0] else item for item in run.test]
+    comparison = exporting._comparison_images(replace(run, test=tuple(test)))
+    assert comparison.known.tolist() == [True] * 12 + [item.label != UNSURE for item in test]
+    assert comparison.labels is not None
+    assert (comparison.labels.size, int(comparison.labels.sum())) == (44 - 4, 12)
+
+
+def test_second_int8_export_reuses_the_ranges(
+    traced_once: None, run_copy: Path, tmp_path: Path, bundle: Bundle
+) -> None:
+    """The very same INT8 graph, byte for byte; ranges of other calibration images are not used for it."""
+    before = (run_copy / "calibration" / "ranges.json").stat().st_mtime_ns
+    options = ExportOptions(("onnx",), "int8", calibration_images=32, limits=ANYTHING_GOES)
+    manifest = export_run(run_copy, tmp_path / "again.eab", options)
+    assert (run_copy / "calibration" / "ranges.json").stat().st_mtime_ns == before
+    assert manifest.calibration == bundle.manifest.calibration
+    assert manifest.files["model.int8.cpu.onnx"] == bundle.manifest.files["model.int8.cpu.onnx"]
+    assert manifest.graphs["openvino/int8"] == "model.int8.cpu.onnx"
+    assert not [name for name in manifest.files if name.startswith("openvino/")]
+
+
+# The gate
+
+
+def test_a_failed_gate_names_layers_and_leaves_nothing(
+    traced_once: None, run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = GuardLimits(auroc_drop=-1)
+    with pytest.raises(GateError) as raised:
+        export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "int8", calibration_images=32, limits=limits))
+    assert "onnxruntime int8: image AUROC falls by" in raised.value.what
+    assert "fp32" not in raised.value.what
+    assert "--allow-drop" in raised.value.hint
+    lines = capsys.readouterr().err.splitlines()
+    start = lines.index("Layers that lose most by INT8 (signal to noise):")
+    named = [line.split() for line in lines[start + 1 : start + 6]]
+    assert [row[1] for row in named] == ["dB"] * 5
+    assert all(row[2].startswith("backbone/") for row in named)
+    assert [float(row[0]) for row in named] == sorted(float(row[0]) for row in named)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_allow_drop_writes_the_bundle_and_records_it_and_force_replaces(
+    traced_once: None, run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.eab"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    options = ExportOptions(
+        ("onnx",), "int8", calibration_images=32, limits=GuardLimits(auroc_drop=-1), allow_drop=True, force=True
+    )
+    manifest = export_run(run_copy, out, options)
+    assert (out / "manifest.json").read_bytes() == manifest_bytes(manifest)
+    read_bundle(out)
+    assert not (out / "old.txt").exists()
+    assert manifest.model.parameters["allow_drop"] is True
+    assert [row.ok for row in manifest.parity if row.backend.endswith("int8")] == [False, False]
+    assert "Accepted with --allow-drop: " in capsys.readouterr().err
+    assert leftovers(tmp_path) == []
+
+
+def test_a_float_graph_that_scores_differently_fails_the_gate(
+    run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Bundle
+) -> None:
+    float_graph = graph(bundle, "model.onnx")
+    mean = next(value for value in float_graph.graph.initializer if value.name == "head.mean")
+    wrong = with_head_arrays(float_graph, {"mean": numpy_helper.to_array(mean) + np.float32(0.5)})
+    monkeypatch.setattr(exporting, "onnx_from_detector", lambda model, height, width: wrong)
+    with pytest.raises(GateError, match=r"onnxruntime fp32: a score differs by .* \(score 0\.001\)"):
+        export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "fp32"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+# Refusals before any work
+
+
+def explode(*_: object) -> onnx.ModelProto:
+    raise AssertionError("work was begun")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_an_existing_result_is_not_touched(
+    kind: str, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "load_model", explode)
+    out, kept = tmp_path / "a.eab", tmp_path / "kept"
+    kept.mkdir()
+    (kept / "old.txt").write_text("old")
+    if kind == "folder":
+        shutil.copytree(kept, out)
+    elif kind == "file":
+        out.write_text("old")
+    else:
+        out.symlink_to(kept)
+    with pytest.raises(UsageError, match="exists"):
+        export_run(run_folder, out, ExportOptions(("onnx",), "fp32"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.eab", "kept"]
+    assert (out if kind == "file" else out / "old.txt").read_text() == "old"
+    assert out.is_symlink() == (kind == "link")
+
+
+def test_a_missing_run_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no run"):
+        export_run(tmp_path / "nothing", tmp_path / "a.eab", ExportOptions(("onnx",)))
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ArtefactError, match="is not a finished run"):
+        export_run(tmp_path / "run", tmp_path / "a.eab", ExportOptions(("onnx",)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_run_without_weights_is_refused(run_copy: Path, tmp_path: Path) -> None:
+    (run_copy / "model.safetensors").unlink()
+    with pytest.raises(ArtefactError, match=r"model\.safetensors does not fit the run"):
+        export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "fp32"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_missing_openvino_says_what_to_type(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "is_installed", lambda engine: engine != "openvino")
+    with pytest.raises(MissingRequirementError, match="--target openvino needs the package openvino") as raised:
+        export_run(run_folder, tmp_path / "a.eab", ExportOptions(("onnx", "openvino")))
+    assert raised.value.hint == 'Run: pip install "edge-anomaly[openvino]"'
+    assert raised.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_openvino_the_onnx_target_serves_the_other_engine(
+    traced_once: None, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "is_installed", lambda engine: engine != "openvino")
+    manifest = export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "fp32"))
+    assert manifest.graphs == {"onnxruntime/fp32": "model.onnx"}
+
+
+# Options
+
+
+def test_unknown_names_come_with_a_suggestion() -> None:
+    with pytest.raises(UsageError, match="Unknown target 'openvno'") as raised:
+        ExportOptions(("onnx", "openvno"))
+    assert raised.value.hint.startswith("Did you mean 'openvino'?")
+    with pytest.raises(UsageError, match="Unknown precision 'int'") as raised:
+        ExportOptions(precision="int")
+    assert raised.value.hint.startswith("Did you mean 'int8'?")
+    with pytest.raises(UsageError, match="No target"):
+        ExportOptions(())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha_warn": 0.01, "alpha_fail": 0.05},
+        {"alpha_warn": 1.0, "alpha_fail": 0.05},
+        {"alpha_fail": 0.0},
+        {"calibration_images": 0},
+    ],
+)
+def test_impossible_numbers_are_refused_before_any_work(
+    options: dict[str, Any], run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tracing and quantising a large backbone takes minutes."""
+    monkeypatch.setattr(exporting, "load_model", explode)
+    with pytest.raises(UsageError):
+        export_run(run_folder, tmp_path / "a.eab", ExportOptions(("onnx",), "int8", **options))
+
+
+# Killed while it writes
+
+
+@pytest.fixture(scope="module")
+def contents(bundle: Bundle) -> tuple[Manifest, dict[str, bytes]]:
+    """The bundle with its models cut to 100 kB, so that a write takes milliseconds."""
+    files = {name: bundle.read(name)[:100_000] for name in bundle.manifest.files}
+    entries = {name: file_entry(data) for name, data in files.items()}
+    return bundle.manifest.model_copy(update={"files": entries}), files
+
+
+@pytest.fixture
+def children() -> Iterator[list[int]]:
+    """Process ids that a test has started; what is left of them is killed in any case."""
+    started: list[int] = []
+    yield started
+    for child in started:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def write(out: Path, contents: tuple[Manifest, dict[str, bytes]]) -> None:
+    with new_folder(out, force=True) as folder:
+        exporting._write(folder, *contents)
+
+
+def writing_child(out: Path, contents: tuple[Manifest, dict[str, bytes]]) -> int:
+    """Start a process that writes the bundle over and over, and return its id when it begins."""
+    began, begin = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(begin, b"x")
+            while True:
+                write(out, contents)
+        finally:
+            os._exit(1)
+    assert os.read(began, 1) == b"x"
+    os.close(began)
+    os.close(begin)
+    return child
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="os.fork, and the atomic exchange of two folders")
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_killed_export_leaves_a_whole_bundle_or_none(
+    contents: tuple[Manifest, dict[str, bytes]], children: list[int], tmp_path: Path, replaces: bool
+) -> None:
+    rng, out, there = random.Random(0), tmp_path / "a.eab", []
+    start = time.perf_counter()
+    write(out, contents)
+    seconds = time.perf_counter() - start
+    for _ in range(20):
+        if not replaces:
+            shutil.rmtree(out, ignore_errors=True)
+        child = writing_child(out, contents)
+        children.append(child)
+        time.sleep(rng.uniform(0, 2.5 * seconds))
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the child must not have ended by itself"
+        there.append(out.exists())
+        if there[-1]:
+            assert read_bundle(out).manifest.name == "parts"
+    assert set(there) == ({True} if replaces else {True, False}), "the kills must hit the first write and later ones"
+    write(out, contents)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.eab"], "the next export of the same name clears up"
+    assert (out / "manifest.json").read_bytes() == manifest_bytes(contents[0])
