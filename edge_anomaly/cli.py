@@ -158,9 +158,9 @@ def evaluate(
 def sample_data(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     seed: SeedOption = 0,
-    train_images: Annotated[int, typer.Option("--train", help="Normal images to learn from.")] = 120,
-    test_good: Annotated[int, typer.Option(help="Normal images to test with.")] = 60,
-    per_defect: Annotated[int, typer.Option(help="Images of each of the four kinds of defect.")] = 20,
+    train_images: Annotated[int, typer.Option("--train", help="Normal images to learn from.")] = 300,
+    test_good: Annotated[int, typer.Option(help="Normal images to test with.")] = 100,
+    per_defect: Annotated[int, typer.Option(help="Images of each of the four kinds of defect.")] = 25,
     size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 256,
     force: ForceOption = False,
     as_json: JsonOption = False,

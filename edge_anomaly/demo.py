@@ -20,7 +20,7 @@ from edge_anomaly_runtime.errors import GateError
 from edge_anomaly_runtime.images import load_image
 from edge_anomaly_runtime.overlay import draw_overlay
 from edge_anomaly_runtime.preprocess import Preprocess
-from edge_anomaly_runtime.progress import say
+from edge_anomaly_runtime.progress import say, track
 from edge_anomaly_runtime.scoring import open_scorer, verdict_of
 from edge_anomaly_runtime.selftest import run_selftest
 
@@ -36,6 +36,7 @@ SCHEMA = "edge-anomaly.demo/1"
 BACKBONE = "efficientnet_lite0"
 _SIZE = 224
 _EXAMPLES = 12
+_BENCH_ROUNDS = 3
 
 
 def run_demo(data: str, out: Path, *, seed: int = 0, force: bool = False) -> dict[str, Any]:
@@ -75,20 +76,18 @@ def _run(data: str, out: Path, seed: int) -> dict[str, Any]:
     keys = ("openvino/fp32", "openvino/int8")
     figures: dict[str, dict[str, Any]] = {}
     predictions: dict[str, Predictions] = {}
-    benches: dict[str, dict[str, Any]] = {}
     items: Sequence[Item] = ()
     for key in keys:
         engine, precision = key.split("/")
         _selftest(bundle, engine, precision)
         with open_judge(bundle, engine=engine, precision=precision) as judge:
             figures[key], items, predictions[key] = evaluate_items(judge, dataset.test)
-        with open_scorer(bundle, engine=engine, precision=precision) as scorer:
-            benches[key] = run_bench(scorer)
+    benches = _bench_in_turn(bundle, keys)
     examples = _examples(items, predictions["openvino/int8"], manifest)
     commands = _commands(source if data != "sample" else str(Path("data")), name)
     summary = {"schema": SCHEMA, "figures": figures, "bench": benches, "bundle": str(bundle)}
     page = demo_report(
-        title=f"PaDiM on {dataset.name}",
+        title=f"PaDiM on {'drawn parts' if data == 'sample' else dataset.name}",
         manifest=manifest,
         figures=figures,
         scores={key: value.scores for key, value in predictions.items()},
@@ -112,6 +111,20 @@ def _selftest(bundle: Path, engine: str, precision: str) -> None:
     if bad:
         raise GateError(f"The self-test failed on {engine} {precision}: {', '.join(bad)}.")
     say(f"self-test {engine} {precision}: {len(checks)} golden images reproduced")
+
+
+def _bench_in_turn(bundle: Path, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Bench the graphs in turn, three times each, and return each one's median run: a shared machine changes speed."""
+    reports: dict[str, list[dict[str, Any]]] = {key: [] for key in keys}
+    for key in track([*keys] * _BENCH_ROUNDS, "latency", len(keys) * _BENCH_ROUNDS):
+        engine, precision = key.split("/")
+        with open_scorer(bundle, engine=engine, precision=precision) as scorer:
+            reports[key].append(run_bench(scorer))
+    middle = _BENCH_ROUNDS // 2
+    return {
+        key: sorted(rows, key=lambda row: float(row["latency_ms"]["infer"]["p50"]))[middle]
+        for key, rows in reports.items()
+    }
 
 
 def _examples(items: Sequence[Item], predictions: Predictions, manifest: Manifest) -> list[Example]:

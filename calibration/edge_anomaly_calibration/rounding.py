@@ -54,9 +54,7 @@ def round_weights(
     """
     layers = [layer for layer in _layers(model, head_prefix) if layer.fan_in <= MAX_FAN_IN]
     moments = _input_moments(model, layers, images, np.random.default_rng(seed))
-    rounded = {
-        layer.weight_name: _round_layer(layer, moment) for layer, moment in zip(layers, moments, strict=True)
-    }
+    rounded = {layer.weight_name: _round_layer(layer, moment) for layer, moment in zip(layers, moments, strict=True)}
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for value in copy.graph.initializer:

@@ -238,10 +238,11 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def describe_threshold(name: str, threshold: Threshold) -> str:
     """Say a threshold in counts, for people who stop lines and not for statisticians."""
-    per_thousand = threshold.alpha * 1000
+    import math
+
     return (
-        f"{name} > {threshold.value:.4g}: about {per_thousand:g} of 1000 good parts "
-        f"(95 % bound {threshold.upper95 * 1000:.0f}; {threshold.method}, n = {threshold.n})"
+        f"{name} > {threshold.value:.4g}: about {threshold.alpha * 1000:g} of 1000 good parts "
+        f"(95 % bound {math.ceil(threshold.upper95 * 1000)}; {threshold.method}, n = {threshold.n})"
     )
 
 

@@ -508,6 +508,31 @@ def test_a_reader_that_has_seen_enough_is_no_error(tiny_bundle: Path, photos: Pa
     assert "Error" not in err
 
 
+def test_a_reader_that_has_gone_before_the_first_line_is_no_error_either() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = subprocess.run(
+        [sys.executable, "-m", "edge_anomaly_runtime", "doctor", "--json"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert (child.returncode, child.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_results_that_cannot_be_written_end_with_code_70() -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "edge_anomaly_runtime", "doctor", "--json"]
+        child = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert child.returncode == 70
+    assert b"No space left on device" in child.stderr
+    assert b"Traceback" not in child.stderr
+    assert b"Exception ignored" not in child.stderr
+
+
 def _signalled(number: signal.Signals, tiny_bundle: Path, photos: Path) -> tuple[int, str, str]:
     """Send a signal after the first line; return exit code and output."""
     # A test run in the background ignores SIGINT, and a child inherits that.
