@@ -134,7 +134,7 @@ def evaluate(
     data: DataOption,
     engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime (bundles only).")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or int8 (bundles only).")] = "auto",
-    seed: SeedOption = 0,
+    seed: Annotated[int | None, typer.Option(help="Split of a named data set. Default: the training's.")] = None,
     strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -147,7 +147,8 @@ def evaluate(
     from .evaluate import evaluate_items, open_judge
 
     with open_judge(bundle, engine=engine, precision=precision) as judge:
-        figures, _, _ = evaluate_items(judge, open_dataset(data, seed=seed).test, strict=strict)
+        dataset = open_dataset(data, seed=judge.seed if seed is None else seed)
+        figures, _, _ = evaluate_items(judge, dataset.test, strict=strict)
     if as_json:
         _print_json(figures)
     else:

@@ -31,12 +31,16 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Judge:
-    """Whatever scores images: a bundle on an engine, or the trained torch model, with its own thresholds."""
+    """Whatever scores images: a bundle on an engine, or the trained torch model, with its own thresholds.
+
+    `seed` is the training's: it chose which images of a named data set were learnt from.
+    """
 
     name: str
     score: ScoreFunction
     spec: Preprocess
     thresholds: Thresholds
+    seed: int
 
 
 @contextlib.contextmanager
@@ -48,12 +52,12 @@ def open_judge(path: Path, *, engine: str = "auto", precision: str = "auto") -> 
     """
     if (path / RECORD).exists():
         run = load_run(path)
-        yield Judge("torch fp32", torch_scores(load_model(run)), run.preprocess, run.thresholds)
+        yield Judge("torch fp32", torch_scores(load_model(run)), run.preprocess, run.thresholds, run.seed)
         return
     with open_scorer(path, engine=engine, precision=precision) as scorer:
-        spec = scorer.bundle.manifest.input.preprocess
-        name = f"{scorer.engine} {scorer.precision}"
-        yield Judge(name, session_scores(scorer.session), spec, scorer.thresholds)
+        manifest, name = scorer.bundle.manifest, f"{scorer.engine} {scorer.precision}"
+        score = session_scores(scorer.session)
+        yield Judge(name, score, manifest.input.preprocess, scorer.thresholds, manifest.seed)
 
 
 def evaluate_items(

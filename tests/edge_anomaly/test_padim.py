@@ -25,7 +25,7 @@ def correlated(images: int, dims: int = 6, grid: tuple[int, int] = (2, 3), seed:
     mixing = rng.standard_normal((rows * columns, dims, dims))
     values = rng.standard_normal((images, rows * columns, dims)) @ np.eye(dims)
     mixed = np.einsum("pij,npj->npi", mixing, values) + 5 * rng.standard_normal((rows * columns, dims))
-    return mixed.transpose(0, 2, 1).reshape(images, dims, rows, columns).astype(np.float32)
+    return mixed.transpose(0, 2, 1).reshape(images, dims, rows, columns).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def in_batches(embeddings: Embeddings, size: int) -> Iterator[Embeddings]:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ import pytest
 from onnx import numpy_helper
 
 from edge_anomaly.data import GOOD, UNSURE
-from edge_anomaly.padim import Padim
+from edge_anomaly.padim import Padim, fit_gaussian, head_arrays
 from edge_anomaly.prediction import read_pixels
 from edge_anomaly.runs import Run, load_run
 from edge_anomaly_calibration.guard import GuardLimits
 from edge_anomaly_calibration.quantize import quantized_share
+from edge_anomaly_calibration.rounding import round_weights
 from edge_anomaly_calibration.selection import choose_calibration_images
 from edge_anomaly_calibration.thresholds import fit_thresholds
 from edge_anomaly_export import exporting
@@ -51,20 +52,27 @@ def run_copy(run_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def traced_once(monkeypatch: pytest.MonkeyPatch, bundle_folder: Path) -> None:
-    """Trace the shared run's model once for all tests of this module: it takes seconds and is the same each time."""
+def prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace the shared run's model and round its weights once for this module: seconds, with the same result."""
 
-    def from_memory(model: Padim, height: int, width: int) -> onnx.ModelProto:
-        if not _TRACED:
-            _TRACED.append(onnx_from_detector(model, height, width))
+    def copy_of(name: str, make: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
+        if name not in _PREPARED:
+            _PREPARED[name] = make()
         copy = onnx.ModelProto()
-        copy.CopyFrom(_TRACED[0])
+        copy.CopyFrom(_PREPARED[name])
         return copy
 
-    monkeypatch.setattr(exporting, "onnx_from_detector", from_memory)
+    def trace(model: Padim, height: int, width: int) -> onnx.ModelProto:
+        return copy_of("traced", lambda: onnx_from_detector(model, height, width))
+
+    def rounded(model: onnx.ModelProto, images: Iterable[Pixels], **options: Any) -> onnx.ModelProto:
+        return copy_of("rounded", lambda: round_weights(model, images, **options))
+
+    monkeypatch.setattr(exporting, "onnx_from_detector", trace)
+    monkeypatch.setattr(exporting, "round_weights", rounded)
 
 
-_TRACED: list[onnx.ModelProto] = []
+_PREPARED: dict[str, onnx.ModelProto] = {}
 
 
 @pytest.fixture(scope="module")
@@ -233,27 +241,41 @@ def test_the_backbone_is_int8_and_the_head_float(bundle: Bundle) -> None:
     assert session.executed_precisions() == {"u8": backbone, "f32": head}
 
 
-def test_the_gaussian_is_fitted_on_the_features_of_the_int8_graph(bundle: Bundle, holdout: Pixels) -> None:
-    """With FP32 statistics the same INT8 features look anomalous, and every threshold is off."""
+def head_of(model: onnx.ModelProto) -> dict[str, npt.NDArray[np.float32]]:
+    stored = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
+    return {name: stored[f"head.{name}"] for name in ("mean", "whitening_top", "whitening_bottom")}
+
+
+def test_the_gaussian_is_fitted_on_the_features_of_the_int8_graph(bundle: Bundle, run: Run) -> None:
+    int8_graph = graph(bundle, "model.int8.cpu.onnx")
+    fitted, float_head = head_of(int8_graph), head_of(graph(bundle, "model.onnx"))
+    del int8_graph.graph.output[:]
+    embedding = onnx.helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, None)
+    int8_graph.graph.output.append(embedding)
+    session = open_engine("onnxruntime", int8_graph.SerializeToString())
+    pixels = read_pixels(run.fit, run.preprocess, strict=True, what="")[1]
+    gaussian = fit_gaussian((session.run(image[np.newaxis])["embedding"] for image in pixels), run.config)
+    for name, expected in head_arrays(run.config, gaussian, (16, 16)).items():
+        largest = np.abs(expected).max()
+        assert np.abs(fitted[name] - expected).max() < 1e-3 * largest, name
+        assert np.abs(float_head[name] - expected).max() > 1e-2 * largest, f"{name}: the features hardly differ"
+
+
+def test_float_statistics_would_make_int8_features_look_anomalous(bundle: Bundle, run: Run, holdout: Pixels) -> None:
+    """And every threshold would be off."""
     float_graph, int8_graph = graph(bundle, "model.onnx"), graph(bundle, "model.int8.cpu.onnx")
-    fp32_head = {
-        value.name.removeprefix("head."): numpy_helper.to_array(value)
-        for value in float_graph.graph.initializer
-        if value.name in ("head.mean", "head.whitening_top", "head.whitening_bottom")
-    }
-    assert len(fp32_head) == 3
-    expected = scores(float_graph, holdout)
-    refitted = scores(int8_graph, holdout)
-    mixed = scores(with_head_arrays(int8_graph, fp32_head), holdout)
-    assert refitted.mean() == pytest.approx(expected.mean(), rel=0.1)
-    assert mixed.mean() > 1.1 * expected.mean()
-    assert (mixed > refitted).mean() > 0.8
+    assert scores(int8_graph, holdout).mean() == pytest.approx(scores(float_graph, holdout).mean(), rel=0.1)
+    seen = read_pixels(run.fit, run.preprocess, strict=True, what="")[1]
+    expected, refitted = scores(float_graph, seen).mean(), scores(int8_graph, seen).mean()
+    mixed = scores(with_head_arrays(int8_graph, head_of(float_graph)), seen).mean()
+    assert refitted == pytest.approx(expected, rel=0.02)
+    assert mixed > 1.1 * expected
 
 
 # Other exports
 
 
-def test_float_export_needs_no_training_images(traced_once: None, run_copy: Path, tmp_path: Path) -> None:
+def test_float_export_needs_no_training_images(prepared_once: None, run_copy: Path, tmp_path: Path) -> None:
     rewrite(run_copy, fit=["/nowhere/1.png", "/nowhere/2.png"])
     out = tmp_path / "float.eab"
     manifest = export_run(run_copy, out, ExportOptions(("openvino",), "fp32"))
@@ -268,7 +290,7 @@ def test_float_export_needs_no_training_images(traced_once: None, run_copy: Path
     assert leftovers(tmp_path) == []
 
 
-def test_int8_export_without_training_images_is_refused(traced_once: None, run_copy: Path, tmp_path: Path) -> None:
+def test_int8_export_without_training_images_is_refused(prepared_once: None, run_copy: Path, tmp_path: Path) -> None:
     rewrite(run_copy, fit=["/nowhere/1.png"])
     with pytest.raises(UsageError, match=r"needs calibration images, and the training images of .* are gone") as raised:
         export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "int8"))
@@ -276,7 +298,7 @@ def test_int8_export_without_training_images_is_refused(traced_once: None, run_c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_export_without_held_out_images_is_refused(traced_once: None, run_copy: Path, tmp_path: Path) -> None:
+def test_export_without_held_out_images_is_refused(prepared_once: None, run_copy: Path, tmp_path: Path) -> None:
     rewrite(run_copy, holdout=["/nowhere/1.png"])
     with pytest.raises(UsageError, match=r"held-out images of .* are gone"):
         export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "fp32"))
@@ -305,7 +327,7 @@ def test_unsure_images_are_part_of_no_figure(run: Run) -> None:
 
 
 def test_second_int8_export_reuses_the_ranges(
-    traced_once: None, run_copy: Path, tmp_path: Path, bundle: Bundle
+    prepared_once: None, run_copy: Path, tmp_path: Path, bundle: Bundle
 ) -> None:
     """The very same INT8 graph, byte for byte; ranges of other calibration images are not used for it."""
     before = (run_copy / "calibration" / "ranges.json").stat().st_mtime_ns
@@ -322,7 +344,7 @@ def test_second_int8_export_reuses_the_ranges(
 
 
 def test_a_failed_gate_names_layers_and_leaves_nothing(
-    traced_once: None, run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepared_once: None, run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limits = GuardLimits(auroc_drop=-1)
     with pytest.raises(GateError) as raised:
@@ -340,7 +362,7 @@ def test_a_failed_gate_names_layers_and_leaves_nothing(
 
 
 def test_allow_drop_writes_the_bundle_and_records_it_and_force_replaces(
-    traced_once: None, run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepared_once: None, run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.eab"
     out.mkdir()
@@ -427,7 +449,7 @@ def test_missing_openvino_says_what_to_type(run_folder: Path, tmp_path: Path, mo
 
 
 def test_without_openvino_the_onnx_target_serves_the_other_engine(
-    traced_once: None, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared_once: None, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "is_installed", lambda engine: engine != "openvino")
     manifest = export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "fp32"))

@@ -334,6 +334,16 @@ def test_debug_may_be_set_by_the_environment(run: Run, tmp_path: Path, monkeypat
     assert "Traceback" in run("bundle", "verify", tmp_path / "absent.eab")[2]
 
 
+def test_an_interrupt_ends_with_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def app() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(app)  # type: ignore[arg-type]
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
 def test_an_unforeseen_error_ends_with_code_70_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def app() -> None:
         raise ZeroDivisionError("division by zero")
@@ -498,8 +508,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(tiny_bundle: Path, photos: Pa
     """`edge-anomaly score ... | head -1`; code 1 would say that a gate was not met."""
     child = _module("score", tiny_bundle, *_many(photos), "--engine", "onnxruntime")
     assert child.stdout is not None and child.stderr is not None
-    assert json.loads(child.stdout.readline())["verdict"] == "OK"
+    first = os.read(child.stdout.fileno(), 65536)
     child.stdout.close()
+    # Whole rows, because each is written as soon as it is known; a full buffer would end inside one.
+    assert [json.loads(line)["verdict"] for line in first.splitlines()][:1] == ["OK"]
     err = child.stderr.read().decode()
     child.stderr.close()
     assert child.wait(timeout=60) == 0

@@ -58,8 +58,8 @@ def _tree(root: Path, files: dict[str, str]) -> Path:
             "4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8, id="v1: no quota"
         ),
         pytest.param(
-            "7:memory:/a\n",
-            {"a/cpu.max": "100000 100000", "memory/a/cpu.cfs_quota_us": "1", "memory/a/cpu.cfs_period_us": "1"},
+            "7:memory:/a\n4:cpu:/\n",
+            {"a/cpu.max": "100000 100000", "cpu/a/cpu.cfs_quota_us": "1", "cpu/a/cpu.cfs_period_us": "1"},
             8,
             id="v1: only the cpu controller counts",
         ),

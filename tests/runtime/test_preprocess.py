@@ -80,6 +80,7 @@ def test_letterbox_pads_with_black_above_and_below_or_left_and_right() -> None:
     out = preprocess(_grey(np.full((16, 32), 99)), Preprocess(16, 16, "letterbox"))
     assert out[:, 0, 0].tolist() == [0] * 4 + [99] * 8 + [0] * 4
     assert out[4:12].min() == 99
+    out[:] = 7  # the caller owns it
     out = preprocess(_grey(np.full((32, 16), 99)), Preprocess(16, 16, "letterbox"))
     assert out[0, :, 0].tolist() == [0] * 4 + [99] * 8 + [0] * 4
 

@@ -106,6 +106,13 @@ def test_a_wrong_map_fails_though_the_score_is_right(bundle_folder: Path) -> Non
         assert not check.ok
 
 
+def test_a_wrong_score_fails_though_the_map_is_right(bundle_folder: Path) -> None:
+    for check in _checks(bundle_folder, outputs=lambda outputs: {**outputs, "score": outputs["score"] * 1.01}):
+        assert check.map_difference == pytest.approx(0, abs=1e-3)
+        assert check.score_difference == pytest.approx(0.01, abs=1e-3)
+        assert not check.ok
+
+
 def test_outputs_that_are_not_finite_fail_and_can_still_be_written_as_json(tiny_bundle: Path) -> None:
     checks = _checks(tiny_bundle, outputs=_scaled(float("nan")))
     assert [check.verdict for check in checks] == ["INVALID"] * 3

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -145,9 +146,13 @@ def test_auto_keeps_to_fp32_for_a_float_bundle(tiny: Bundle) -> None:
         open_session(bundle, precision="int8")
 
 
-def test_threads_are_handed_to_the_engine(tiny: Bundle) -> None:
-    for engine in ENGINES:
-        assert open_session(tiny, engine=engine, threads=1)[0].info.threads == 1
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_are_handed_to_the_engine(tiny: Bundle, threads: int) -> None:
+    """Asked of the engines themselves, behind the session's back."""
+    session: Any = open_session(tiny, engine="openvino", threads=threads)[0]
+    assert session.info.threads == session._compiled.get_property("INFERENCE_NUM_THREADS") == threads
+    session = open_session(tiny, engine="onnxruntime", threads=threads)[0]
+    assert session.info.threads == session._session.get_session_options().intra_op_num_threads == threads
 
 
 # What engines do
