@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from edge_anomaly.data import GOOD, UNSURE, open_dataset
 from edge_anomaly.evaluate import evaluate_items, open_judge
 from edge_anomaly.padim import PadimConfig

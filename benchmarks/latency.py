@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+
 from edge_anomaly.padim import PadimConfig
 from edge_anomaly.sample_data import draw_sample_data
 from edge_anomaly.train import train_padim

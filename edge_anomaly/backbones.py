@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from edge_anomaly_runtime.errors import MissingRequirementError, UsageError, did_you_mean
+from edge_anomaly_runtime.progress import is_interactive
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # The (byte - 127) / 128 that EfficientNet-Lite was trained with: bytes stay whole numbers, so INT8 input is lossless.
@@ -159,7 +162,11 @@ def _download(spec: BackboneSpec) -> dict[str, torch.Tensor]:
 
     enum = torchvision.models.get_model_weights(spec.name)
     try:
-        state: dict[str, torch.Tensor] = enum[spec.weights].get_state_dict(progress=False, check_hash=True)
+        # torch's hub announces a download on standard output, which is for data.
+        with contextlib.redirect_stdout(sys.stderr):
+            state: dict[str, torch.Tensor] = enum[spec.weights].get_state_dict(
+                progress=is_interactive(), check_hash=True
+            )
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise MissingRequirementError(
             f"Cannot get the {spec.weights} weights of {spec.name}: {error}.",

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from edge_anomaly_runtime.session import open_engine
 from onnx import numpy_helper
+
+from edge_anomaly_runtime.session import open_engine
 
 Array = npt.NDArray[np.float64]
 

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from edge_anomaly.report import bundle_report
 
 from edge_anomaly.data import GOOD, UNSURE
 from edge_anomaly.padim import Padim, fit_gaussian, head_arrays
 from edge_anomaly.prediction import Pixels, predict, read_pixels, session_scores, torch_scores
+from edge_anomaly.report import bundle_report
 from edge_anomaly.runs import Run, load_model, load_run, now_utc, package_versions
 from edge_anomaly_calibration.guard import GuardLimits, GuardReport, layer_damage
 from edge_anomaly_calibration.quantize import (

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_anomaly_calibration import quantize
 from edge_anomaly_calibration.quantize import (
     emit_cpu_model,
     head_nodes,
@@ -327,6 +328,22 @@ def test_a_measurement_that_breaks_off_leaves_no_key(measured: Path, frames: Fra
     for images_sha256 in ("one", "all"):
         with pytest.raises(AssertionError, match="the images were read"):
             measure_ranges(measured / "prepared.onnx", exploding(), images_sha256, measured / "ranges.json")
+
+
+def test_ranges_without_their_new_key_are_measured_again(
+    measured: Path, frames: Frames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between the two files: the old key must not vouch for the new ranges."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize, "replace_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            measure_ranges(measured / "prepared.onnx", frames, "all", measured / "ranges.json")
+    with pytest.raises(AssertionError, match="the images were read"):
+        measure_ranges(measured / "prepared.onnx", exploding(), "one", measured / "ranges.json")
 
 
 # The float graph before it is quantised

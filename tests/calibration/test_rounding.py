@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_anomaly_calibration.quantize import emit_cpu_model, measure_ranges, prepare_float_model
-from edge_anomaly_calibration.rounding import MAX_FAN_IN, round_compensated, round_weights
+from edge_anomaly_calibration.rounding import MAX_FAN_IN, _Layer, _patches, round_compensated, round_weights
 
 Array = npt.NDArray[np.float64]
 Frames = npt.NDArray[np.uint8]
@@ -121,51 +121,44 @@ def test_the_quantiser_adds_no_error_of_its_own(rounded: onnx.ModelProto, frames
         assert int8[f"{weight}_quantized"] * scale == pytest.approx(expected[weight], abs=1e-6), name
 
 
-def test_strides_groups_and_padding_are_followed() -> None:
-    """A depthwise convolution with stride 2: the rounded weights suit the very patches that it sees."""
-    rng = np.random.default_rng(4)
-    weight = rng.normal(size=(3, 1, 3, 3)).astype(np.float32)
-    model = one_convolution(weight, group=3, strides=[2, 2], pads=[1, 1, 1, 1])
-    frames = (rng.integers(0, 40, (40, 16, 16, 3)) + rng.integers(0, 200, (40, 1, 1, 3))).astype(np.uint8)
-    after = stored(round_weights(model, frames, head_prefix="head/"))["w"].astype(np.float64)
-    padded = np.pad(frames.transpose(0, 3, 1, 2).astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))[:, :, ::2, ::2]
-    inputs = windows.transpose(1, 0, 2, 3, 4, 5).reshape(3, -1, 9)
-    rows = weight.astype(np.float64).reshape(3, 1, 9)
-    assert output_error(rows, after.reshape(3, 1, 9), inputs) < 0.5 * output_error(rows, nearest(rows), inputs)
+def test_patches_are_the_windows_that_the_convolution_sees() -> None:
+    """Every one of them, and no other: groups, strides and padding on four sides are followed."""
+    tensor = np.arange(1, 4 * 9 * 11 + 1, dtype=np.float32).reshape(4, 9, 11)
+    layer = _Layer("x", "w", np.zeros((6, 2, 3, 2)), groups=2, strides=(2, 3), pads=(1, 0, 1, 2))
+    padded = np.pad(tensor, ((0, 0), (1, 1), (0, 2)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 2), axis=(1, 2))[:, ::2, ::3]
+    for group in range(2):
+        channels = windows[2 * group : 2 * group + 2].transpose(1, 2, 0, 3, 4).reshape(-1, 12)
+        expected = set(map(tuple, channels.tolist()))
+        assert len(expected) == 5 * 4
+        rng = np.random.default_rng(0)
+        drawn = [tuple(row) for _ in range(5) for row in _patches(tensor, layer, rng)[group].tolist()]
+        assert set(drawn) == expected
 
 
 def test_a_large_fan_in_keeps_its_weights() -> None:
     channels = MAX_FAN_IN // 9 + 1
     weight = np.random.default_rng(5).normal(size=(2, channels, 3, 3)).astype(np.float32)
     expand = np.ones((channels, 3, 1, 1), np.float32)
-    model = one_convolution(weight, before=expand)
+    model = one_convolution(weight, expand)
     frames = np.random.default_rng(6).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     assert np.array_equal(stored(round_weights(model, frames, head_prefix="head/"))["w"], weight)
 
 
-def one_convolution(
-    weight: npt.NDArray[np.float32], *, before: npt.NDArray[np.float32] | None = None, **attributes: int | list[int]
-) -> onnx.ModelProto:
-    """Bytes, an optional 1x1 convolution `before`, then the convolution under test and a head."""
-    tensors = [numpy_helper.from_array(weight, "w")]
+def one_convolution(weight: npt.NDArray[np.float32], before: npt.NDArray[np.float32]) -> onnx.ModelProto:
+    """Bytes, a 1x1 convolution `before`, then the convolution under test and a head."""
     nodes = [
         helper.make_node("Transpose", ["image"], ["t"], "backbone/Transpose", perm=[0, 3, 1, 2]),
         helper.make_node("Cast", ["t"], ["x"], "backbone/Cast", to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["x", "before"], ["y"], "backbone/before"),
+        helper.make_node("Conv", ["y", "w"], ["z"], "backbone/Conv"),
+        helper.make_node("ReduceMax", ["z"], ["score"], "head/ReduceMax", keepdims=0),
     ]
-    source = "x"
-    if before is not None:
-        tensors.append(numpy_helper.from_array(before, "v"))
-        nodes.append(helper.make_node("Conv", ["x", "v"], ["y"], "backbone/before"))
-        source = "y"
-    convolution = helper.make_node("Conv", [source, "w"], ["z"], "backbone/Conv")
-    convolution.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
-    nodes += [convolution, helper.make_node("ReduceMax", ["z"], ["score"], "head/ReduceMax", keepdims=0)]
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, [1, 16, 16, 3])],
         [helper.make_tensor_value_info("score", TensorProto.FLOAT, [])],
-        tensors,
+        [numpy_helper.from_array(before, "before"), numpy_helper.from_array(weight, "w")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)

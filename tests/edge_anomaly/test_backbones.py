@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from edge_anomaly.backbones import BACKBONES, build_backbone
 from edge_anomaly_runtime.errors import MissingRequirementError, UsageError
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from edge_anomaly.data import DEFECT, GOOD, UNSURE, Item, open_dataset, split_holdout
 from edge_anomaly_runtime.errors import UsageError
-from PIL import Image
 
 
 def write_image(path: Path) -> Path:

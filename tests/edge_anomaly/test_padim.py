@@ -6,10 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy.spatial.distance import mahalanobis
+
 from edge_anomaly.backbones import build_backbone
 from edge_anomaly.padim import Gaussian, Padim, PadimConfig, PadimHead, fit_gaussian, head_arrays
 from edge_anomaly_runtime.errors import UsageError
-from scipy.spatial.distance import mahalanobis
 
 Embeddings = npt.NDArray[np.float32]
 

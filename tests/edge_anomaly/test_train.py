@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from edge_anomaly.padim import PadimConfig
 from edge_anomaly.runs import load_model, load_run, newest_run
 from edge_anomaly.train import TrainOptions, train_padim
 from edge_anomaly_runtime.errors import ArtefactError, ImageError, UsageError
 from edge_anomaly_runtime.preprocess import Preprocess
-from PIL import Image
 
 CONFIG = PadimConfig(backbone="efficientnet_lite0", dims=8)
 SMALL = Preprocess(32, 32)

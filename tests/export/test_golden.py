@@ -124,6 +124,8 @@ def test_every_graph_gives_scores_verdicts_and_maps_by_its_own_thresholds(pictur
     levels = inputs(pictures)[:5].mean(axis=(1, 2, 3))
     for entry, level in zip(entries, levels, strict=False):
         assert entry.scores == pytest.approx({"fake/fp32": level, "fake/int8": -2 * level}, rel=1e-5)
+        # 45 to 60 is below the limits of 60 and 80, -90 to -120 is above those of -120 and -160.
+        assert entry.verdicts == {"fake/fp32": "OK", "fake/int8": "NG"}
     with np.load(io.BytesIO(files["golden/maps.npz"]), allow_pickle=False) as maps:
         assert set(maps.files) == {"fake-fp32", "fake-int8"}
         assert (maps["fake-fp32"].shape, maps["fake-fp32"].dtype) == ((8, 2, 2), np.float32)

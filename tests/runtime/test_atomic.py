@@ -53,6 +53,20 @@ def test_folder_appears_whole_at_the_end_and_not_before(tmp_path: Path) -> None:
     assert _files(tmp_path) == {"deep/down/final/a.txt": "one"}
 
 
+def test_files_and_folders_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a name must not stand for files of zeros."""
+    synced: list[tuple[int, bool]] = []
+    final = tmp_path / "final"
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, final.exists())))
+    _write(final, "new")
+    inside = [path.stat().st_ino for path in (final / "a.txt", final / "sub/b.txt", final / "sub", final)]
+    assert {(inode, False) for inode in inside} <= set(synced)
+    assert synced[-1] == (tmp_path.stat().st_ino, True)
+    synced.clear()
+    replace_file(tmp_path / "x.png", b"data")
+    assert [inode for inode, _ in synced] == [(tmp_path / "x.png").stat().st_ino, tmp_path.stat().st_ino]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 def test_an_exception_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)), new_folder(tmp_path / "final") as folder:
@@ -156,6 +170,14 @@ def test_the_folder_is_there_at_every_moment_of_a_replacement(tmp_path: Path) ->
     writer.join()
     assert int((final / "a.txt").read_text()) >= 30
     assert absent == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two folders in one step")
+def test_a_replacement_is_one_step_and_not_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "final", "old")
+    monkeypatch.setattr(os, "rename", lambda *names: pytest.fail(f"renamed {names}"))
+    _write(tmp_path / "final", "new", force=True)
+    assert _files(tmp_path) == {"final/a.txt": "new", "final/sub/b.txt": "new"}
 
 
 class NoExchange:
