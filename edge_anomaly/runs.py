@@ -58,7 +58,7 @@ def save_run(folder: Path, run: Run, model: Padim) -> None:
         "preprocess": asdict(run.preprocess),
         "fit": [str(path) for path in run.fit],
         "holdout": [str(path) for path in run.holdout],
-        "test": [{"path": str(item.path), "label": item.label, "mask": _text(item.mask)} for item in run.test],
+        "test": [{"path": _text(item.path), "label": item.label, "mask": _text(item.mask)} for item in run.test],
         "thresholds": run.thresholds.model_dump(),
         "brightness": run.brightness,
         "data": run.data,
@@ -149,7 +149,8 @@ def seed_everything(seed: int) -> None:
 
 
 def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+    """Return a path that holds from any working folder."""
+    return None if path is None else str(path.resolve())
 
 
 def _path(text: str | None) -> Path | None:

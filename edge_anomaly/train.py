@@ -63,12 +63,7 @@ def train_padim(
     backbone = build_backbone(config.backbone, layers=config.layers, weights=weights, seed=config.seed)
     model = Padim(config, backbone, preprocess.height, preprocess.width)
     with new_folder(out, force=options.force) as folder:
-        bad: list[ImageError] = []
-        fitted: list[Path] = []
-        fit_paths = [item.path for item in fit_items]
-        images = _fitting_images(fit_paths, preprocess, bad, fitted, strict=options.strict)
-        model.set_gaussian(fit_gaussian(_embeddings(model, images), config))
-        report_bad(bad, len(fit_paths))
+        fitted, skipped = _fit(model, [item.path for item in fit_items], preprocess, strict=options.strict)
         holdout_paths, pixels = read_pixels(
             [item.path for item in holdout_items], preprocess, strict=options.strict, what="setting thresholds"
         )
@@ -86,7 +81,7 @@ def train_padim(
             test=dataset.test,
             thresholds=thresholds,
             brightness=(float(means.min()), float(means.max())),
-            data={**dataset.summary(), "fitted": len(fitted), "held_out": len(holdout_paths), "skipped": len(bad)},
+            data={**dataset.summary(), "fitted": len(fitted), "held_out": len(holdout_paths), "skipped": skipped},
             weights=weights if weights in (DEFAULT_WEIGHTS, RANDOM_WEIGHTS) else Path(weights).name,
             seed=config.seed,
             versions=package_versions(),
@@ -115,6 +110,16 @@ def _announce(config: PadimConfig, preprocess: Preprocess, fit: int, holdout: in
         )
     if weights == RANDOM_WEIGHTS:
         say("Warning: random weights are for timing and tests; such a model finds nothing.")
+
+
+def _fit(model: Padim, paths: list[Path], spec: Preprocess, *, strict: bool) -> tuple[list[Path], int]:
+    """Fit the model's Gaussian; return the images that it was fitted on and how many could not be read."""
+    bad: list[ImageError] = []
+    fitted: list[Path] = []
+    images = _fitting_images(paths, spec, bad, fitted, strict=strict)
+    model.set_gaussian(fit_gaussian(_embeddings(model, images), model.config))
+    report_bad(bad, len(paths))
+    return fitted, len(bad)
 
 
 def _fitting_images(

@@ -12,6 +12,8 @@ import onnx
 from edge_anomaly_runtime.bundle import Thresholds
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
 
+from .onnx_graph import with_outputs
+
 Scores = npt.NDArray[np.float64]
 
 
@@ -104,7 +106,7 @@ def layer_damage(
     there = {output for node in int8_model.graph.node for output in node.output}
     tensors = [tensor for tensor in names if tensor in there]
     reference, damaged = (
-        open_onnxruntime(_with_outputs(model, tensors), threads=1, fuse=False) for model in (float_model, int8_model)
+        open_onnxruntime(with_outputs(model, tensors), threads=1, fuse=False) for model in (float_model, int8_model)
     )
     signal, noise = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 1e-30)
     for image in images:
@@ -114,11 +116,3 @@ def layer_damage(
             noise[tensor] += float(np.square(expected[tensor] - got[tensor], dtype=np.float64).sum())
     ratios = [(names[tensor], 10 * float(np.log10(signal[tensor] / noise[tensor] + 1e-30))) for tensor in tensors]
     return sorted(ratios, key=lambda row: row[1])
-
-
-def _with_outputs(model: onnx.ModelProto, tensors: list[str]) -> bytes:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    del copy.graph.output[:]
-    copy.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors)
-    return bytes(copy.SerializeToString())

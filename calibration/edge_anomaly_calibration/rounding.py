@@ -19,6 +19,8 @@ from onnx import numpy_helper
 
 from edge_anomaly_runtime.session import open_engine
 
+from .onnx_graph import with_outputs
+
 Array = npt.NDArray[np.float64]
 
 # Above this fan-in nearest rounding averages out, and the matrices grow with its square.
@@ -121,7 +123,7 @@ def _input_moments(
     rng: np.random.Generator,
 ) -> list[Array]:
     """Sum x x^T over random patches of every layer's input: one [groups, k, k] per layer."""
-    session = open_engine("onnxruntime", _with_outputs(model, sorted({layer.input for layer in layers})))
+    session = open_engine("onnxruntime", with_outputs(model, sorted({layer.input for layer in layers})))
     moments = [np.zeros((layer.groups, layer.fan_in, layer.fan_in)) for layer in layers]
     for image in images:
         tensors = session.run(image[np.newaxis])
@@ -143,11 +145,3 @@ def _patches(tensor: npt.NDArray[np.float32], layer: _Layer, rng: np.random.Gene
     x = columns[:, np.newaxis, np.newaxis] + np.arange(width)
     patches = padded[:, y, x].transpose(1, 0, 2, 3)  # [patches, C, kh, kw]
     return patches.reshape(_PATCHES, layer.groups, layer.fan_in).transpose(1, 0, 2).astype(np.float64)
-
-
-def _with_outputs(model: onnx.ModelProto, tensors: list[str]) -> bytes:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    del copy.graph.output[:]
-    copy.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors)
-    return bytes(copy.SerializeToString())

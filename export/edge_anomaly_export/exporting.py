@@ -193,7 +193,10 @@ def _build(run: Run, out: Path, options: ExportOptions) -> tuple[Manifest, dict[
 
 def _comparison_images(run: Run) -> _Comparison:
     """Read the held-out normal images and the labelled ones, as far as they are still there."""
-    present = [item for item in run.test if item.path.exists()][:_MAX_COMPARED]
+    present = [item for item in run.test if item.path.exists()]
+    if len(present) > _MAX_COMPARED:
+        chosen = np.random.default_rng(run.seed).permutation(len(present))[:_MAX_COMPARED]
+        present = [present[index] for index in sorted(chosen)]
     if len(present) < len(run.test):
         say(f"Comparing on {len(present)} of {len(run.test)} labelled images.")
     labels = {item.path: item.label for item in present}

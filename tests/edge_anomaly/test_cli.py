@@ -85,12 +85,14 @@ def test_unknown_names_end_with_2_and_the_nearest(arguments: tuple[str, ...], ne
 def test_unreachable_weights_end_with_3_and_both_ways_out(tmp_path: Path) -> None:
     data = images_in(tmp_path / "data", 30)
     # A proxy that refuses: the download fails at once, wherever the test runs.
-    offline = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path)}
+    proxy = "http://127.0.0.1:9"
     done = run(
         *("train", "padim", "--data", str(data), "--out", str(tmp_path / "run"), "--backbone", "resnet18"),
+        https_proxy=proxy,
+        HTTPS_PROXY=proxy,
         no_proxy="",
         NO_PROXY="",
-        **offline,
+        TORCH_HOME=str(tmp_path),
     )
 
     assert_refused(done, 3, "resnet18", "--weights PATH", "--backbone efficientnet_lite0")
