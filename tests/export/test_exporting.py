@@ -317,6 +317,16 @@ def test_graphs_are_compared_on_held_out_and_labelled_images_that_are_still_ther
     assert len(comparison.pixels) == 28
 
 
+def test_of_very_many_labelled_images_a_random_part_is_compared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first ones, which may all be of one kind."""
+    monkeypatch.setattr(exporting, "_MAX_COMPARED", 20)
+    comparison = exporting._comparison_images(run)
+    assert comparison.paths == exporting._comparison_images(run).paths
+    assert len(comparison.paths) == 12 + 20
+    kinds = {path.parent.name for path in comparison.paths[12:]}
+    assert kinds == {item.label for item in run.test}
+
+
 def test_unsure_images_are_part_of_no_figure(run: Run) -> None:
     kinds = sorted({item.label for item in run.test} - {GOOD})
     test = [replace(item, label=UNSURE) if item.label == kinds[0] else item for item in run.test]
