@@ -60,6 +60,8 @@ def compare(
         drop = auroc(reference, defective) - auroc(scores, defective)
     distinct = np.unique(scores).size / scores.size
     failures = []
+    if not np.isfinite(scores).all():
+        failures.append(f"{int((~np.isfinite(scores)).sum())} of {scores.size} scores are not finite")
     if drop is not None and drop > limits.auroc_drop:
         failures.append(f"image AUROC falls by {drop:.4f} (limit {limits.auroc_drop:g})")
     if flips > limits.flips * scores.size:
@@ -98,21 +100,22 @@ def layer_damage(
     float_model: onnx.ModelProto, int8_model: onnx.ModelProto, images: Iterable[npt.NDArray[np.uint8]]
 ) -> list[tuple[str, float]]:
     """Return the backbone's convolutions with their signal-to-noise ratio in dB after quantisation, worst first."""
-    names = {
-        node.output[0]: node.name
+    # Paired by node: where the quantiser removes an activation, the convolution's output takes on its name.
+    quantised = {node.name: node.output[0] for node in int8_model.graph.node}
+    pairs = {
+        node.name: (node.output[0], quantised[node.name])
         for node in float_model.graph.node
-        if node.op_type in ("Conv", "Gemm", "MatMul") and node.name.startswith("backbone/")
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.name.startswith("backbone/") and node.name in quantised
     }
-    there = {output for node in int8_model.graph.node for output in node.output}
-    tensors = [tensor for tensor in names if tensor in there]
     reference, damaged = (
-        open_onnxruntime(with_outputs(model, tensors), threads=1, fuse=False) for model in (float_model, int8_model)
+        open_onnxruntime(with_outputs(model, [pair[side] for pair in pairs.values()]), threads=1, fuse=False)
+        for side, model in enumerate((float_model, int8_model))
     )
-    signal, noise = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 1e-30)
+    signal, noise = dict.fromkeys(pairs, 0.0), dict.fromkeys(pairs, 1e-30)
     for image in images:
         expected, got = reference.run(image[np.newaxis]), damaged.run(image[np.newaxis])
-        for tensor in tensors:
-            signal[tensor] += float(np.square(expected[tensor], dtype=np.float64).sum())
-            noise[tensor] += float(np.square(expected[tensor] - got[tensor], dtype=np.float64).sum())
-    ratios = [(names[tensor], 10 * float(np.log10(signal[tensor] / noise[tensor] + 1e-30))) for tensor in tensors]
+        for name, (float_tensor, int8_tensor) in pairs.items():
+            signal[name] += float(np.square(expected[float_tensor], dtype=np.float64).sum())
+            noise[name] += float(np.square(expected[float_tensor] - got[int8_tensor], dtype=np.float64).sum())
+    ratios = [(name, 10 * float(np.log10(signal[name] / noise[name] + 1e-30))) for name in pairs]
     return sorted(ratios, key=lambda row: row[1])

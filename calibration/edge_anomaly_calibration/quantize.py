@@ -34,6 +34,7 @@ METHOD = "minmax"
 
 # Clip is ReLU6. Activations are listed so that the engine can fold them into the convolution's own requantisation.
 _CPU_OPS = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "GlobalAveragePool", "Relu", "Clip"]
+_REMOVABLE = ("Relu", "Clip")
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -55,16 +56,17 @@ def measure_ranges(
     ONNX Runtime refuses ranges of another method, but not those of another model or other images; the key does.
     Nothing is measured when `ranges` is there with the same key. Memory does not grow with the number of images.
     """
-    key = {"method": METHOD, "float_model_sha256": file_sha256(float_model), "images_sha256": images_sha256}
+    parts = {"method": METHOD, "float_model_sha256": file_sha256(float_model), "images_sha256": images_sha256}
+    key = json.dumps(parts).encode()
     key_file = ranges.with_suffix(".key.json")
-    if ranges.exists() and key_file.exists() and json.loads(key_file.read_text()) == key:
+    if ranges.exists() and key_file.exists() and key_file.read_bytes() == key:
         return
     ranges.parent.mkdir(parents=True, exist_ok=True)
     ranges.unlink(missing_ok=True)
     key_file.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         _emit(float_model, Path(scratch) / "measured.onnx", ranges, _Reader(images))
-    replace_file(key_file, json.dumps(key).encode())
+    replace_file(key_file, key)
 
 
 def emit_cpu_model(float_model: Path, ranges: Path) -> onnx.ModelProto:
@@ -73,7 +75,7 @@ def emit_cpu_model(float_model: Path, ranges: Path) -> onnx.ModelProto:
         target = Path(scratch) / "int8.onnx"
         _emit(float_model, target, ranges, None)
         model = onnx.load(target)
-    _float_taps(model)
+    _float_taps(model, onnx.load(float_model))
     # The quantiser imports eight domains that no node uses; other parsers refuse them.
     used = {node.domain for node in model.graph.node}
     kept = [entry for entry in model.opset_import if entry.domain in used]
@@ -103,7 +105,7 @@ def quantized_share(model: onnx.ModelProto) -> float:
     return sum(node.input[0] in dequantised for node in heavy) / max(1, len(heavy))
 
 
-def _float_taps(model: onnx.ModelProto) -> None:
+def _float_taps(model: onnx.ModelProto, float_model: onnx.ModelProto) -> None:
     """Let the head read the backbone's float tensors, as they are before they are quantised for the next layer.
 
     The quantiser sends every consumer to the dequantised copy. That costs signal, and OpenVINO pads such a copy with
@@ -116,7 +118,34 @@ def _float_taps(model: onnx.ModelProto) -> None:
     for output in model.graph.output:
         if _float_source(output.name, producer) != output.name:
             raise EdgeAnomalyError(f"Graph output {output.name} comes from the backbone; it must come from the head.")
+    _restore_activations(model, float_model)
     _remove_dead_nodes(model)
+
+
+def _restore_activations(model: onnx.ModelProto, float_model: onnx.ModelProto) -> None:
+    """Give a tap its activation back: the quantiser removes each ReLU and Clip whose work the next Q node does."""
+    kept = {node.name for node in model.graph.node}
+    removed = {
+        node.output[0]: node for node in float_model.graph.node if node.op_type in _REMOVABLE and node.name not in kept
+    }
+    nodes: list[onnx.NodeProto] = []
+    restored: dict[str, str] = {}
+    constants: set[str] = set()
+    for node in model.graph.node:
+        if node.name.startswith(HEAD_PREFIX):
+            for tap in [name for name in node.input if name in removed and name not in restored]:
+                restored[tap] = f"{tap}:tap"
+                activation = onnx.NodeProto()
+                activation.CopyFrom(removed[tap])
+                activation.input[0], activation.output[0] = tap, restored[tap]
+                constants.update(activation.input[1:])
+                nodes.append(activation)
+            node.input[:] = [restored.get(name, name) for name in node.input]
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    constants -= {value.name for value in model.graph.initializer}
+    model.graph.initializer.extend(value for value in float_model.graph.initializer if value.name in constants)
 
 
 def _float_source(tensor: str, producer: dict[str, onnx.NodeProto]) -> str:

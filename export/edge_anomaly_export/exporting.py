@@ -34,7 +34,7 @@ from edge_anomaly_calibration.quantize import (
 )
 from edge_anomaly_calibration.rounding import round_weights
 from edge_anomaly_calibration.selection import CalibrationImages, choose_calibration_images
-from edge_anomaly_calibration.thresholds import fit_thresholds
+from edge_anomaly_calibration.thresholds import check_rates, fit_thresholds
 from edge_anomaly_runtime.atomic import new_folder
 from edge_anomaly_runtime.bundle import (
     MANIFEST,
@@ -95,6 +95,9 @@ class ExportOptions:
                 raise did_you_mean("target", target, list(TARGETS))
         if self.precision not in PRECISIONS:
             raise did_you_mean("precision", self.precision, list(PRECISIONS))
+        if self.calibration_images < 1:
+            raise UsageError(f"{self.calibration_images} calibration images are not possible.", "Give 1 or more.")
+        check_rates(self.alpha_warn, self.alpha_fail)
 
 
 @dataclass(frozen=True)

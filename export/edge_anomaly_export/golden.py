@@ -62,16 +62,13 @@ def _choose(paths: Sequence[Path], pixels: Pixels, seed: int) -> list[tuple[Imag
     Pictures below two megapixels are stored whole, so that the self-test covers the resize too.
     """
     chosen = []
-    for index in range(min(len(paths), _NORMAL + _SYNTHETIC)):
-        model_input, preprocessed = pixels[index], True
-        if index >= _NORMAL:
-            model_input = synthetic_anomaly(model_input, np.random.default_rng([seed, index]))
-        picture = Image.fromarray(model_input)
-        if index < _NORMAL:
-            source = load_image(paths[index])
-            if source.width * source.height <= _MAX_PIXELS:
-                picture, preprocessed = source, False
-        chosen.append((picture, model_input, preprocessed))
+    for index in range(min(len(paths), _NORMAL)):
+        source = load_image(paths[index])
+        whole = source.width * source.height <= _MAX_PIXELS
+        chosen.append((source if whole else Image.fromarray(pixels[index]), pixels[index], not whole))
+    for index in range(_NORMAL, _NORMAL + _SYNTHETIC):
+        damaged = synthetic_anomaly(pixels[index % len(paths)], np.random.default_rng([seed, index]))
+        chosen.append((Image.fromarray(damaged), damaged, True))
     return chosen
 
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,12 @@ from .errors import OutputError, UsageError
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _DENIED_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM}
+_IN_THE_WAY_ERRORS = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY}
+_MOUNT_ERRORS = {errno.EBUSY, errno.EXDEV}
 _TMP_PREFIX = ".tmp-"
+
+# Temporary folders that this process is writing right now.
+_OWN: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -37,10 +43,13 @@ def new_folder(final: Path, *, force: bool = False) -> Iterator[Path]:
             yield temporary
             _fsync_tree(temporary)
             check_free(final, force=force)
-            _publish(temporary, final)
+            with _denied_as_usage(final):
+                _publish(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        _OWN.discard(temporary.name)
 
 
 def replace_file(final: Path, data: bytes) -> None:
@@ -55,15 +64,15 @@ def replace_file(final: Path, data: bytes) -> None:
         with disk_errors(final):
             with _denied_as_usage(final):
                 final.parent.mkdir(parents=True, exist_ok=True)
-                file = open(temporary, "xb")
-            with file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, final)
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, final)
             _fsync_folder(final.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
 
 
@@ -95,8 +104,16 @@ def _denied_as_usage(path: Path) -> Iterator[None]:
             raise UsageError(
                 f"Cannot write to {path.parent}: {error.strerror}.", "Choose a folder that you may write to."
             ) from None
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise UsageError(f"Cannot create {path}: a file is in the way ({error.filename}).") from None
+        if error.errno in _IN_THE_WAY_ERRORS:
+            raise UsageError(
+                f"Cannot create {path}: a file or folder is in the way ({error.filename}).", "Choose another name."
+            ) from None
+        if error.errno in _MOUNT_ERRORS:
+            raise UsageError(
+                f"Cannot replace {path}: it is a mount point.", "Choose a name inside it, for instance a new folder."
+            ) from None
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"Cannot create {path}: the name is too long.", "Choose a shorter one.") from None
         raise
 
 
@@ -106,19 +123,24 @@ def _make_temporary(final: Path) -> Path:
         _remove_leftovers(final)
         temporary = final.parent / f"{_TMP_PREFIX}{final.name}-{os.getpid()}-{secrets.token_hex(4)}"
         temporary.mkdir()
+        _OWN.add(temporary.name)
     return temporary
 
 
 def _remove_leftovers(final: Path) -> None:
     """Remove the temporary folders of earlier writers of this name that no longer run."""
-    prefix = f"{_TMP_PREFIX}{final.name}-"
+    # The whole name: `part` must not take the folder of `part-2026`, which ends in a number of its own, for a leftover.
+    pattern = re.compile(re.escape(f"{_TMP_PREFIX}{final.name}-") + r"([0-9]{1,9})-[0-9a-f]{8}(-old)?")
     for entry in final.parent.iterdir():
-        pid = entry.name.removeprefix(prefix).partition("-")[0]
-        if entry.name.startswith(prefix) and pid.isdigit() and not _is_running(int(pid)):
+        found = pattern.fullmatch(entry.name)
+        if found and entry.name not in _OWN and not _is_another_process(int(found[1])):
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def _is_running(pid: int) -> bool:
+def _is_another_process(pid: int) -> bool:
+    """Tell whether a process with this number runs and is not this one: in a container everybody is number 1."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from .preprocess import Preprocess
 SCHEMA = "edge-anomaly.bundle/1"
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
+GOLDEN_MAPS = "golden/maps.npz"
 
 Precision = Literal["fp32", "int8"]
 
@@ -187,7 +190,7 @@ class Bundle:
         """Return the expected maps, float32 [n, h, w], by 'engine/precision'."""
         import io
 
-        with np.load(io.BytesIO(self.read("golden/maps.npz")), allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(self.read(GOLDEN_MAPS)), allow_pickle=False) as arrays:
             return {name.replace("-", "/"): arrays[name] for name in arrays.files}
 
 
@@ -240,9 +243,14 @@ def _read_manifest_bytes(path: Path) -> bytes:
 
 def _parse_manifest(path: Path, data: bytes) -> Manifest:
     try:
-        raw = json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+        raw = json.loads(
+            data,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            object_pairs_hook=_refuse_duplicates,
+        )
         schema = raw.get("schema") if isinstance(raw, dict) else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path / MANIFEST} is not valid JSON: {error}.", _REPLACE) from None
     if schema != SCHEMA:
         raise ArtefactError(
@@ -253,6 +261,11 @@ def _parse_manifest(path: Path, data: bytes) -> Manifest:
         return Manifest.model_validate(raw)
     except (ValidationError, UsageError) as error:
         raise ArtefactError(f"{path / MANIFEST} is not a valid manifest: {error}", _REPLACE) from None
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(text)
 
 
 def _refuse_constant(value: str) -> float:
@@ -277,9 +290,20 @@ def _check_names(path: Path, manifest: Manifest) -> None:
         raise ArtefactError(f"{path} holds {extra[0]!r}, which is not in its manifest.", _REPLACE)
     if absent := sorted(known - there):
         raise ArtefactError(f"{path / absent[0]} is missing.", _REPLACE)
-    for key, name in manifest.graphs.items():
+    for use, name in _references(manifest):
         if name not in manifest.files:
-            raise ArtefactError(f"{path / MANIFEST}: graph {key} names {name!r}, which is not in the bundle.", _REPLACE)
+            raise ArtefactError(f"{path / MANIFEST}: {use} needs {name!r}, which is not in the bundle.", _REPLACE)
+
+
+def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    for key, name in manifest.graphs.items():
+        yield f"graph {key}", name
+        if name.endswith(".xml"):
+            yield f"graph {key}", name.removesuffix(".xml") + ".bin"
+    for golden in manifest.golden:
+        yield "the self-test", golden.file
+    if manifest.golden:
+        yield "the self-test", GOLDEN_MAPS
 
 
 def _is_plain_folder(entry: Path) -> bool:
@@ -292,7 +316,7 @@ def _regular(path: Path, name: str) -> Path:
         mode = file.lstat().st_mode
     except OSError as error:
         raise ArtefactError(f"Cannot read {file}: {error.strerror}.", _REPLACE) from None
-    if not stat.S_ISREG(mode) or file.parent.is_symlink():
+    if not stat.S_ISREG(mode) or (file.parent != path and file.parent.is_symlink()):
         raise ArtefactError(f"{file} is a link or a special file; bundles hold plain files only.", _REPLACE)
     return file
 

@@ -44,19 +44,32 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 _FAIL_ON = {"ng": ("NG", "INVALID"), "warn": ("WARN", "NG", "INVALID")}
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        typer.echo(importlib.metadata.version("edge-anomaly"))
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and end.",
+            callback=_print_version,
+            is_eager=True,
+            allow_from_autoenv=False,  # EDGE_ANOMALY_VERSION is what a Dockerfile would call it
+        ),
+    ] = False,
 ) -> None:
     # `--debug` is taken out of the arguments by `run`, which prints the errors.
-    if version:
-        import importlib.metadata
-
-        typer.echo(importlib.metadata.version("edge-anomaly"))
-        raise typer.Exit
+    pass
 
 
 @app.command()
@@ -134,7 +147,7 @@ def selftest(
     for check in checks:
         say(
             f"{'ok  ' if check.ok else 'FAIL'} {check.file}  score {check.score} expected {check.expected:.6g} "
-            f"({check.score_difference:.1e}), map {check.map_difference:.1e}, {check.verdict}"
+            f"({_shown(check.score_difference)}), map {_shown(check.map_difference)}, {check.verdict}"
         )
     if bad:
         raise GateError(
@@ -255,7 +268,10 @@ def run(typer_app: typer.Typer) -> NoReturn:
     except EdgeAnomalyError as error:
         _report(error.what, error.hint, debug)
         code = error.exit_code
-    except BrokenPipeError:
+    except SystemExit as ending:
+        if not isinstance(ending.__context__, BrokenPipeError):
+            raise
+        # The reader of a pipe has seen enough; Typer's code for that is 1, which here would mean a missed gate.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except KeyboardInterrupt:
@@ -274,6 +290,10 @@ def _report(what: str, hint: str, debug: bool) -> None:
     print(f"Error: {what}", file=sys.stderr)
     if hint:
         print(hint, file=sys.stderr)
+
+
+def _shown(difference: float | None) -> str:
+    return "n/a" if difference is None else f"{difference:.1e}"
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -299,7 +319,7 @@ def _overlay_names(paths: list[Path], folder: Path | None) -> dict[Path, Path]:
         return {}
     names: dict[Path, Path] = {}
     taken: set[str] = set()
-    for path in paths:
+    for path in dict.fromkeys(paths):
         name, number = path.stem, 1
         while name in taken:
             number += 1

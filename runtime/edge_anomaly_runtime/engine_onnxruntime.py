@@ -13,10 +13,11 @@ from .session import SessionInfo
 class OnnxRuntimeSession:
     """A graph loaded by ONNX Runtime's CPU provider."""
 
-    def __init__(self, session: ort.InferenceSession, threads: int) -> None:
+    def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session
         self._input = session.get_inputs()[0].name
         self._outputs = [output.name for output in session.get_outputs()]
+        threads = session.get_session_options().intra_op_num_threads
         self.info = SessionInfo("onnxruntime", ort.__version__, session.get_providers()[0], "f32", threads)
 
     def run(self, images: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
@@ -48,7 +49,7 @@ def open_onnxruntime(model: bytes, *, threads: int, fuse: bool = True) -> OnnxRu
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises a class of its own per status code, with no public base
         raise ArtefactError(f"ONNX Runtime {ort.__version__} refuses the graph: {error}", _NEXT) from error
-    return OnnxRuntimeSession(session, threads)
+    return OnnxRuntimeSession(session)
 
 
 _NEXT = "Update onnxruntime, or export the bundle with an older opset."

@@ -13,12 +13,13 @@ from .session import SessionInfo
 class OpenVinoSession:
     """A graph compiled by OpenVINO with one reused inference request."""
 
-    def __init__(self, compiled: ov.CompiledModel, threads: int) -> None:
+    def __init__(self, compiled: ov.CompiledModel) -> None:
         self._compiled = compiled
         self._request = compiled.create_infer_request()
         self._outputs = [output.get_any_name() for output in compiled.outputs]
         precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         devices = ",".join(compiled.get_property("EXECUTION_DEVICES"))
+        threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         self.info = SessionInfo("openvino", ov.__version__.split("-")[0], devices, precision, threads)
 
     def run(self, images: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
@@ -61,7 +62,7 @@ def open_openvino(model: bytes, *, weights: bytes | None, threads: int) -> OpenV
         compiled = core.compile_model(graph, "CPU", settings)
     except RuntimeError as error:
         raise ArtefactError(f"OpenVINO {ov.__version__} refuses the graph: {error}", _NEXT) from error
-    session = OpenVinoSession(compiled, threads)
+    session = OpenVinoSession(compiled)
     if session.info.float_precision != "f32":
         raise ArtefactError(f"OpenVINO runs the graph in {session.info.float_precision} although f32 was set.", _NEXT)
     return session

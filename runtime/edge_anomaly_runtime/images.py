@@ -45,8 +45,8 @@ def load_image(path: Path | str) -> Image.Image:
         raise ImageError(path, f"it has more than {MAX_PIXELS // 1_000_000} megapixels") from None
     except MemoryError:
         raise ImageError(path, "it does not fit into memory") from None
-    except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
-        # Pillow's decoders raise all of these on damaged data.
+    except Exception as error:
+        # On damaged data Pillow's decoders raise nearly anything: OSError, SyntaxError, TypeError, struct.error.
         raise ImageError(path, f"it is damaged or unreadable ({error})") from None
 
 
@@ -64,13 +64,17 @@ def _decode(path: Path) -> Image.Image:
                 path, f"{file.width}x{file.height} pixels are more than {MAX_PIXELS // 1_000_000} megapixels"
             )
         file.load()
-        return _as_rgb(ImageOps.exif_transpose(file), path)
+        upright = ImageOps.exif_transpose(file)
+        upright.format = file.format
+        return _as_rgb(upright, path)
 
 
 def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         high_byte = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
         return Image.fromarray(high_byte).convert("RGB")
+    if image.mode == "I" and image.format == "PPM":  # 16-bit PGM; Pillow scales its maximum to 65535
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(path, f"its pixels are 32 bits wide (mode {image.mode}); convert it to 8 or 16 bits")
     if image.has_transparency_data:

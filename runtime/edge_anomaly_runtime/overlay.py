@@ -51,6 +51,6 @@ def map_to_source(
 
 
 def _outline(inside: npt.NDArray[np.bool_]) -> Image.Image:
-    """Return the rim of a region as a mask, 3 pixels wide."""
+    """Return the rim of a region as a mask, 2 pixels wide."""
     region = Image.fromarray(inside).convert("L")
     return ImageChops.subtract(region.filter(ImageFilter.MaxFilter(3)), region.filter(ImageFilter.MinFilter(3)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ class Preprocess:
     roi: (left, top, right, bottom) as shares of the picture's width and height, 0 to 1.
     version: grows whenever the same picture would give other pixels.
     """
+
+    # Read from a manifest, an unknown field is refused: it may change pixels.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     height: int
     width: int

@@ -16,7 +16,7 @@ from PIL import Image
 from .bundle import Bundle, Thresholds, read_bundle
 from .errors import ImageError
 from .images import load_image
-from .preprocess import preprocess
+from .preprocess import content_area, preprocess
 from .session import Session, open_session
 
 Verdict = Literal["OK", "WARN", "NG", "INVALID"]
@@ -59,9 +59,6 @@ class Scorer:
         self.reasons = reasons
         self.thresholds: Thresholds = bundle.manifest.thresholds[f"{engine}/{precision}"]
         self._spec = bundle.manifest.input.preprocess
-        darkest, brightest = bundle.manifest.input.brightness
-        self._black = min(_BLACK, darkest / 2)
-        self._white = max(_WHITE, (brightest + 255) / 2)
 
     def __enter__(self) -> Scorer:
         return self
@@ -88,18 +85,25 @@ class Scorer:
         """Score one picture in memory: RGB, Pillow or uint8 [h, w, 3]."""
         if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
             return self._invalid(f"the array is {image.dtype} {list(image.shape)}, not uint8 [h, w, 3]")
+        if isinstance(image, Image.Image) and image.mode != "RGB":
+            return self._invalid(f"the picture's mode is {image.mode}, not RGB")
         return self._score(image, {}, "")
 
     def _score(self, image: Image.Image | npt.NDArray[np.uint8], ms: dict[str, float], path: str) -> Result:
         start = perf_counter()
         pixels = preprocess(image, self._spec)
         ms["resize"] = _ms_since(start)
-        return self.score_pixels(pixels, ms, path)
+        size = (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+        _, _, height, width = content_area(size, self._spec)
+        share = height * width / (self._spec.height * self._spec.width)
+        return self._score_pixels(pixels, share, ms, path)
 
-    def score_pixels(self, pixels: npt.NDArray[np.uint8], ms: dict[str, float] | None = None, path: str = "") -> Result:
-        """Score a model input, uint8 [height, width, 3], that `preprocess` has made; `ms` and `path` are passed on."""
-        ms = {} if ms is None else ms
-        if reason := self._exposure_fault(pixels):
+    def score_pixels(self, pixels: npt.NDArray[np.uint8]) -> Result:
+        """Score a model input, uint8 [height, width, 3], that `preprocess` has made."""
+        return self._score_pixels(pixels, 1.0, {}, "")
+
+    def _score_pixels(self, pixels: npt.NDArray[np.uint8], share: float, ms: dict[str, float], path: str) -> Result:
+        if reason := self._exposure_fault(pixels, share):
             return self._invalid(reason, ms, path)
         start = perf_counter()
         outputs = self.session.run(pixels[np.newaxis])
@@ -110,12 +114,14 @@ class Scorer:
         fail, warn = self.thresholds.fail.value, self.thresholds.warn.value
         return Result(verdict_of(score, self.thresholds), score, fail, warn, ms, anomaly_map, path)
 
-    def _exposure_fault(self, pixels: npt.NDArray[np.uint8]) -> str:
+    def _exposure_fault(self, pixels: npt.NDArray[np.uint8], share: float) -> str:
+        """Name a picture that shows nothing; all but `share` of the pixels are a letterbox's black bars."""
+        darkest, brightest = self.bundle.manifest.input.brightness  # with the bars
         mean = float(pixels.mean())
-        if mean < self._black:
-            return f"the picture is black (mean grey level {mean:.1f})"
-        if mean > self._white:
-            return f"the picture is white (mean grey level {mean:.1f})"
+        if mean < min(_BLACK * share, darkest / 2):
+            return f"the picture is black (mean grey level {mean / share:.1f})"
+        if mean > max(_WHITE * share, (brightest + 255 * share) / 2):
+            return f"the picture is white (mean grey level {mean / share:.1f})"
         return ""
 
     def _invalid(self, reason: str, ms: dict[str, float] | None = None, path: str = "") -> Result:

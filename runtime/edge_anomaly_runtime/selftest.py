@@ -15,13 +15,16 @@ from .scoring import Scorer
 
 @dataclass(frozen=True)
 class GoldenCheck:
-    """One golden image: differences are relative to the expected value (the map's to its largest value)."""
+    """One golden image: differences are relative to the expected value (the map's to its largest value).
+
+    They are None where the picture could not be judged.
+    """
 
     file: str
     expected: float
     score: float | None
-    score_difference: float
-    map_difference: float
+    score_difference: float | None
+    map_difference: float | None
     verdict: str
     expected_verdict: str
     ok: bool
@@ -48,7 +51,7 @@ def _check(
         picture = np.asarray(file.convert("RGB"))
     result = scorer.score_pixels(picture) if golden.preprocessed else scorer.score_image(picture)
     expected = golden.scores[key]
-    score_difference = map_difference = float("inf")
+    score_difference = map_difference = None
     if result.score is not None and result.anomaly_map is not None:
         score_difference = abs(result.score - expected) / max(abs(expected), 1e-12)
         map_difference = float(np.abs(result.anomaly_map - expected_map).max() / max(np.abs(expected_map).max(), 1e-12))
@@ -61,8 +64,12 @@ def _check(
         map_difference=map_difference,
         verdict=result.verdict,
         expected_verdict=golden.verdicts[key],
-        ok=score_difference <= tolerance and map_difference <= tolerance and same_verdict,
+        ok=_is_within(score_difference, tolerance) and _is_within(map_difference, tolerance) and same_verdict,
     )
+
+
+def _is_within(difference: float | None, tolerance: float) -> bool:
+    return difference is not None and difference <= tolerance
 
 
 def _is_near_threshold(scorer: Scorer, expected: float, tolerance: float) -> bool:
