@@ -281,7 +281,7 @@ def test_numbers_that_are_none_are_refused(copy: Path, number: str, place: str) 
 def test_a_threshold_too_large_for_a_float_is_refused(copy: Path) -> None:
     text = json.dumps(json.loads((copy / MANIFEST).read_text()))
     _sign(copy, text.replace('"value": 200.0', '"value": 1e999', 1).encode())
-    assert "finite" in _refusal(copy).what
+    assert "1e999 is not a number" in _refusal(copy).what
 
 
 @pytest.mark.parametrize("key", ["schema", "files", "thresholds"])
