@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from edge_anomaly_runtime.bundle import Thresholds
 from edge_anomaly_runtime.errors import ArtefactError, UsageError
@@ -66,7 +66,8 @@ def save_run(folder: Path, run: Run, model: Padim) -> None:
         "seed": run.seed,
         "versions": run.versions,
     }
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
+    # Through Python's own write, so that a full disk is an OSError like any other.
+    (folder / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in model.state_dict().items()}))
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import onnx
 import openvino as ov
 
+from edge_anomaly_runtime.errors import EdgeAnomalyError
+
 
 def ir_from_onnx(model: onnx.ModelProto) -> tuple[bytes, bytes]:
     """Return the IR as the content of its .xml and .bin; weights keep their precision.
@@ -17,5 +19,10 @@ def ir_from_onnx(model: onnx.ModelProto) -> tuple[bytes, bytes]:
     graph = ov.Core().read_model(model.SerializeToString())
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch) / "model.xml"
-        ov.save_model(graph, xml, compress_to_fp16=False)
+        try:
+            ov.save_model(graph, xml, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise EdgeAnomalyError(
+                f"OpenVINO cannot write the IR to {scratch}: {error}.", "Free some space there, or set TMPDIR."
+            ) from error
         return xml.read_bytes(), xml.with_suffix(".bin").read_bytes()

@@ -191,3 +191,26 @@ def test_demo_runs_through_and_keeps_its_promises(tmp_path: Path) -> None:
     page = (tmp_path / "demo/index.html").read_text()
     assert "http://" not in page and "https://" not in page
     assert len(list((tmp_path / "demo/overlays").iterdir())) >= 8
+
+
+@pytest.mark.parametrize("verb", ["train", "export", "sample-data"])
+def test_full_disk_ends_with_70_names_the_path_and_leaves_nothing(tmp_path: Path, run_folder: Path, verb: str) -> None:
+    """A limit on the size of a file stands in for a full disk: the write fails half-way in the same place."""
+    out = tmp_path / "out"
+    data = images_in(tmp_path / "data", 30)
+    arguments = {
+        "train": [*TRAIN, "--data", str(data), "--out", str(out)],
+        "export": ["export", str(run_folder), "--precision", "fp32", "--target", "onnx", "--out", str(out)],
+        "sample-data": ["sample-data", str(out), "--train", "1"],
+    }[verb]
+    code = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+sys.argv = ["edge-anomaly", *{arguments!r}]
+from edge_anomaly.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+    assert_refused(done, 70, f"Cannot write {out}", "nothing half-written")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
