@@ -1,8 +1,8 @@
 """Weights rounded to INT8 so that each layer's output on real images changes least, not each weight.
 
 Rounding to the nearest step is what every quantiser does. In a layer with few inputs (a stem, a depthwise convolution)
-the errors do not average out: on EfficientNet-Lite0 the first depthwise layer alone then costs more signal than all
-other layers together. Here each weight's rounding error is passed on to the weights that are not rounded yet, through
+the errors do not average out: on EfficientNet-Lite0 the first depthwise layer alone then costs about as much signal as
+all layers together. Here each weight's rounding error is passed on to the weights that are not rounded yet, through
 the inverse of the input's second moments (GPTQ, Frantar et al. 2023, after Optimal Brain Surgeon, Hassibi 1993).
 """
 
