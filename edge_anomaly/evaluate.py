@@ -13,15 +13,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from edge_anomaly_runtime.bundle import Threshold, Thresholds
-from edge_anomaly_runtime.errors import ImageError, UsageError
-from edge_anomaly_runtime.images import load_image
+from edge_anomaly_runtime.errors import UsageError
 from edge_anomaly_runtime.preprocess import Preprocess, preprocess
-from edge_anomaly_runtime.progress import track
 from edge_anomaly_runtime.scoring import open_scorer
 
 from . import metrics
 from .data import GOOD, UNSURE, Item
-from .prediction import Predictions, ScoreFunction, predict, report_bad, session_scores, torch_scores
+from .prediction import Predictions, ScoreFunction, predict, read_pixels, session_scores, torch_scores
 from .runs import RECORD, load_model, load_run
 
 SCHEMA = "edge-anomaly.evaluation/1"
@@ -70,29 +68,12 @@ def evaluate_items(
     """
     if not items:
         raise UsageError("There are no labelled test images.", "Give a data set with test/good and test/<defect>.")
-    readable, pixels, bad = read_items(items, judge.spec, strict=strict)
-    report_bad(bad, len(items))
+    by_path = {item.path: item for item in items}
+    paths, pixels = read_pixels(list(by_path), judge.spec, strict=strict, what="reading")
+    readable = [by_path[path] for path in paths]
     predictions = predict(judge.score, pixels, what="scoring", total=len(pixels))
     figures = evaluate_predictions(readable, predictions, judge.spec, judge.thresholds)
-    return {**figures, "scored_by": judge.name, "skipped": len(bad)}, readable, predictions
-
-
-def read_items(
-    items: Sequence[Item], spec: Preprocess, *, strict: bool
-) -> tuple[list[Item], npt.NDArray[np.uint8], list[ImageError]]:
-    """Read labelled images, uint8 [n, height, width, 3], skipping and returning the bad ones."""
-    readable, pixels, bad = [], [], []
-    for item in track(items, "reading", len(items)):
-        try:
-            pixels.append(preprocess(load_image(item.path), spec))
-            readable.append(item)
-        except ImageError as error:
-            if strict:
-                raise
-            bad.append(error)
-    if not readable:
-        raise UsageError(f"None of the {len(items)} test images could be read; the first: {bad[0].what}")
-    return readable, np.stack(pixels), bad
+    return {**figures, "scored_by": judge.name, "skipped": len(by_path) - len(readable)}, readable, predictions
 
 
 def evaluate_predictions(

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save
 
 from edge_anomaly_runtime.bundle import Thresholds
@@ -142,11 +141,6 @@ def package_versions() -> dict[str, str]:
 def now_utc() -> str:
     """Return the wall-clock time as ISO 8601, whole seconds."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch; numpy generators get their seed where they are made."""
-    torch.manual_seed(seed)
 
 
 def _text(path: Path | None) -> str | None:

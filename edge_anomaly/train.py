@@ -23,7 +23,7 @@ from .backbones import DEFAULT_WEIGHTS, RANDOM_WEIGHTS, build_backbone
 from .data import open_dataset, split_holdout
 from .padim import MIN_IMAGES, Padim, PadimConfig, advised_images, fit_gaussian
 from .prediction import batched, predict, read_pixels, report_bad, torch_scores
-from .runs import Run, package_versions, save_run, seed_everything
+from .runs import Run, package_versions, save_run
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ def train_padim(
     options = options or TrainOptions()
     check_free(out, force=options.force)
     torch.set_num_threads(usable_cpus())
-    seed_everything(config.seed)
     dataset = open_dataset(data, seed=config.seed)
     fit_items, holdout_items = split_holdout(dataset.train, options.holdout, config.seed)
     _announce(config, preprocess, len(fit_items), len(holdout_items), weights)
