@@ -19,6 +19,8 @@ from edge_anomaly_runtime.preprocess import Preprocess
 
 Image = npt.NDArray[np.uint8]
 
+_NOISE_STD = 40
+
 
 @dataclass(frozen=True)
 class CalibrationImages:
@@ -75,7 +77,7 @@ def _spread_over_folders(paths: Sequence[Path], count: int, rng: np.random.Gener
 
 
 def synthetic_anomaly(image: Image, rng: np.random.Generator) -> Image:
-    """Return a copy with a rectangle cut from elsewhere and pasted (CutPaste, Li et al. 2021) or filled with noise.
+    """Return a copy with a rectangle cut from elsewhere and pasted (CutPaste, Li et al. 2021) or covered with noise.
 
     `image`: uint8 [h, w, 3]. The rectangle covers 2 to 15 % of the image; the pasted one has its brightness and
     contrast changed by up to 40 %.
@@ -88,7 +90,10 @@ def synthetic_anomaly(image: Image, rng: np.random.Generator) -> Image:
     result = image.copy()
     target = result[top : top + patch_height, left : left + patch_width]
     if rng.random() < 0.5:
-        target[...] = rng.integers(0, 256, target.shape, dtype=np.uint8)
+        # A grey camera shows no coloured noise: it would only widen ranges that no picture of it ever uses.
+        grey = bool((image == image[..., :1]).all())
+        noise = rng.normal(0, _NOISE_STD, (patch_height, patch_width, 1 if grey else 3))
+        target[...] = np.clip(target + noise, 0, 255).astype(np.uint8)
         return result
     from_top, from_left = rng.integers(0, height - patch_height + 1), rng.integers(0, width - patch_width + 1)
     patch = image[from_top : from_top + patch_height, from_left : from_left + patch_width].astype(np.float64)

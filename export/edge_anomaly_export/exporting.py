@@ -23,6 +23,7 @@ from edge_anomaly.padim import Padim, fit_gaussian, head_arrays
 from edge_anomaly.prediction import Pixels, predict, read_pixels, session_scores, torch_scores
 from edge_anomaly.report import bundle_report
 from edge_anomaly.runs import Run, load_model, load_run, now_utc, package_versions
+from edge_anomaly_calibration.equalize import equalize_channels
 from edge_anomaly_calibration.guard import GuardLimits, GuardReport, layer_damage
 from edge_anomaly_calibration.quantize import (
     HEAD_PREFIX,
@@ -232,14 +233,19 @@ def _quantise(run: Run, traced: onnx.ModelProto, options: ExportOptions) -> tupl
         traced_file, prepared, rounded = (Path(scratch) / f"{name}.onnx" for name in ("traced", "prepared", "rounded"))
         onnx.save(traced, traced_file)
         prepare_float_model(traced_file, prepared)
-        shown = track(itertools.islice(images, _ROUNDING_IMAGES), "rounding weights", _ROUNDING_IMAGES)
-        onnx.save(round_weights(onnx.load(prepared), shown, head_prefix=HEAD_PREFIX, seed=options.seed), rounded)
+        equalized = equalize_channels(onnx.load(prepared), _first(images, "equalizing"), head_prefix=HEAD_PREFIX)
+        shown = _first(images, "rounding weights")
+        onnx.save(round_weights(equalized, shown, head_prefix=HEAD_PREFIX, seed=options.seed), rounded)
         ranges = _ranges_file(run, scratch)
         measure_ranges(rounded, track(images, "calibrating", len(images.paths)), images.sha256(), ranges)
         quantised = emit_cpu_model(rounded, ranges)
         share = quantized_share(quantised)
         say(f"{share:.0%} of the backbone's convolutions and matrix products are INT8; the head stays float")
         return quantised, _calibration_record(images, file_sha256(rounded))
+
+
+def _first(images: CalibrationImages, what: str) -> Iterator[npt.NDArray[np.uint8]]:
+    return track(itertools.islice(images, _ROUNDING_IMAGES), what, min(_ROUNDING_IMAGES, len(images.paths)))
 
 
 def _ranges_file(run: Run, scratch: str) -> Path:
