@@ -19,7 +19,7 @@ import numpy as np
 from edge_anomaly.data import GOOD, UNSURE, open_dataset
 from edge_anomaly.evaluate import evaluate_items, open_judge
 from edge_anomaly.padim import PadimConfig
-from edge_anomaly.train import train_padim
+from edge_anomaly.train import train_detector
 from edge_anomaly_export.exporting import ExportOptions, export_run
 from edge_anomaly_runtime.preprocess import Preprocess
 
@@ -30,7 +30,7 @@ def measure_seed(cells: str, seed: int, dims: int | None, scratch: Path) -> dict
     """Train, export and judge once; flips are counted on the test images at each graph's own fail threshold."""
     run, bundle = scratch / "run", scratch / "part.eab"
     config = PadimConfig(backbone="efficientnet_lite0", dims=dims, seed=seed)
-    train_padim(f"elpv-{cells}", run, config=config, preprocess=Preprocess(224, 224))
+    train_detector(f"elpv-{cells}", run, config=config, preprocess=Preprocess(224, 224))
     export_run(run, bundle, ExportOptions(("openvino",), "int8", seed=seed, allow_drop=True))
     items = [item for item in open_dataset(f"elpv-{cells}", seed=seed).test if item.label != UNSURE]
     row: dict[str, Any] = {"seed": seed}
@@ -57,7 +57,7 @@ def false_alarm_rates(cells: str, seeds: int, scratch: Path) -> list[dict[str, A
     for seed in range(seeds):
         run = scratch / f"run{seed}"
         config = PadimConfig(backbone="efficientnet_lite0", seed=seed)
-        train_padim(f"elpv-{cells}", run, config=config, preprocess=Preprocess(224, 224))
+        train_detector(f"elpv-{cells}", run, config=config, preprocess=Preprocess(224, 224))
         good = [item for item in open_dataset(f"elpv-{cells}", seed=seed).test if item.label == GOOD]
         with open_judge(run) as judge:
             figures, _, _ = evaluate_items(judge, good)

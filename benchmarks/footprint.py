@@ -37,13 +37,13 @@ print("imported by the command line:", heavy or "none of torch, onnx, onnxruntim
 def make_bundle(scratch: Path) -> Path:
     from edge_anomaly.padim import PadimConfig
     from edge_anomaly.sample_data import draw_sample_data
-    from edge_anomaly.train import train_padim
+    from edge_anomaly.train import train_detector
     from edge_anomaly_export.exporting import ExportOptions, export_run
     from edge_anomaly_runtime.preprocess import Preprocess
 
     draw_sample_data(scratch / "data", train=60, test_good=10, per_defect=2)
     config = PadimConfig(backbone="efficientnet_lite0")
-    train_padim(str(scratch / "data"), scratch / "run", config=config, preprocess=Preprocess(224, 224))
+    train_detector(str(scratch / "data"), scratch / "run", config=config, preprocess=Preprocess(224, 224))
     options = ExportOptions(("openvino",), "int8", calibration_images=32, allow_drop=True)
     export_run(scratch / "run", scratch / "part.eab", options)
     return scratch / "part.eab"

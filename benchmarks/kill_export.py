@@ -21,7 +21,7 @@ import numpy as np
 
 from edge_anomaly.padim import PadimConfig
 from edge_anomaly.sample_data import draw_sample_data
-from edge_anomaly.train import train_padim
+from edge_anomaly.train import train_detector
 from edge_anomaly_export.exporting import ExportOptions, export_run
 from edge_anomaly_runtime.bundle import read_bundle
 from edge_anomaly_runtime.errors import EdgeAnomalyError
@@ -47,7 +47,7 @@ def in_child(work: object, *arguments: object) -> int:
 def make_run(scratch: Path) -> None:
     draw_sample_data(scratch / "data", train=20, test_good=2, per_defect=1, size=64)
     config = PadimConfig(backbone="efficientnet_lite0", dims=16)
-    train_padim(str(scratch / "data"), scratch / "run", config=config, preprocess=Preprocess(64, 64))
+    train_detector(str(scratch / "data"), scratch / "run", config=config, preprocess=Preprocess(64, 64))
 
 
 def state_of(bundle: Path) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_anomaly.padim import PadimConfig
 from edge_anomaly.sample_data import draw_sample_data
-from edge_anomaly.train import train_padim
+from edge_anomaly.train import train_detector
 from edge_anomaly_export.exporting import ExportOptions, export_run
 from edge_anomaly_runtime.preprocess import Preprocess
 from edge_anomaly_runtime.scoring import Scorer, open_scorer
@@ -28,7 +28,8 @@ def make_bundle(backbone: str, scratch: Path) -> Path:
     if not data.exists():
         draw_sample_data(data, train=60, test_good=10, per_defect=2)
     weights = "default" if backbone == "efficientnet_lite0" else "random"
-    train_padim(str(data), run, config=PadimConfig(backbone=backbone), preprocess=Preprocess(224, 224), weights=weights)
+    config = PadimConfig(backbone=backbone)
+    train_detector(str(data), run, config=config, preprocess=Preprocess(224, 224), weights=weights)
     export_run(run, bundle, ExportOptions(("openvino",), "int8", calibration_images=32, allow_drop=True))
     return bundle
 

@@ -1,4 +1,4 @@
-"""Frozen ImageNet feature extractors, cut after the last layer that is used."""
+"""ImageNet feature extractors, cut after the last layer that is used."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ BACKBONES: dict[str, BackboneSpec] = {
     "resnet18": BackboneSpec(
         "resnet18", *IMAGENET, {"layer1": (64, 4), "layer2": (128, 8), "layer3": (256, 16)}, "IMAGENET1K_V1"
     ),
+    "resnet34": BackboneSpec(
+        "resnet34", *IMAGENET, {"layer1": (64, 4), "layer2": (128, 8), "layer3": (256, 16)}, "IMAGENET1K_V1"
+    ),
     "resnet50": BackboneSpec(
         "resnet50", *IMAGENET, {"layer1": (256, 4), "layer2": (512, 8), "layer3": (1024, 16)}, "IMAGENET1K_V1"
     ),
@@ -59,17 +62,27 @@ _LITE0_STAGES = {"layer1": 1, "layer2": 2, "layer3": 4}
 
 
 class Backbone(nn.Module):
-    """Feature maps of chosen layers from camera bytes; never trained.
+    """Feature maps of chosen layers from camera bytes.
 
-    Input uint8 [N, H, W, 3] RGB; output one float32 [N, C, H/stride, W/stride] per layer.
+    Input uint8 [N, H, W, 3] RGB; output one float32 [N, C, H/stride, W/stride] per layer. Frozen: it takes no
+    gradient and stays in evaluation mode, unless it is `trainable`.
     """
 
     mean: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, spec: BackboneSpec, layers: tuple[str, ...], stem: nn.Module, stages: list[nn.Module]) -> None:
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        layers: tuple[str, ...],
+        stem: nn.Module,
+        stages: list[nn.Module],
+        *,
+        trainable: bool = False,
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.trainable = trainable
         self.layers = layers
         self.stem = stem
         self.stages = nn.ModuleList(stages)
@@ -77,8 +90,8 @@ class Backbone(nn.Module):
         # Bytes are normalised in one step: (x / 255 - mean) / std = (x - 255 mean) / (255 std).
         self.register_buffer("mean", torch.tensor(spec.mean).reshape(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("scale", 1 / (torch.tensor(spec.std).reshape(1, 3, 1, 1) * 255), persistent=False)
-        self.requires_grad_(False)
-        self.eval()
+        self.requires_grad_(trainable)
+        self.train(trainable)
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Return the feature maps in the order of `layers`."""
@@ -91,14 +104,19 @@ class Backbone(nn.Module):
         return [outputs[tap] for tap in self._taps]
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in evaluation mode: BatchNorm statistics of a frozen backbone never move."""
-        return super().train(False)
+        """Stay in evaluation mode when frozen: BatchNorm statistics of a frozen backbone never move."""
+        return super().train(mode and self.trainable)
 
 
 def build_backbone(
-    name: str, *, layers: tuple[str, ...] = ("layer2", "layer3"), weights: str = DEFAULT_WEIGHTS, seed: int = 0
+    name: str,
+    *,
+    layers: tuple[str, ...] = ("layer2", "layer3"),
+    weights: str = DEFAULT_WEIGHTS,
+    seed: int = 0,
+    trainable: bool = False,
 ) -> Backbone:
-    """Build a frozen backbone with its weights.
+    """Build a backbone with its weights, frozen unless `trainable`.
 
     `weights`: `default` (torchvision's download, or the weights package of EfficientNet-Lite0), a path to a
     .safetensors, .pth or .pt file with a state dict, or `random` (seeded; for timing and tests only).
@@ -120,7 +138,7 @@ def build_backbone(
     last = max(sorted(spec.layers).index(layer) for layer in layers)
     cut = _cut_lite0 if name == "efficientnet_lite0" else _cut_resnet
     stem, stages = cut(network)
-    return Backbone(spec, layers, stem, stages[: last + 1])
+    return Backbone(spec, layers, stem, stages[: last + 1], trainable=trainable)
 
 
 def _torchvision_network(name: str) -> nn.Module:

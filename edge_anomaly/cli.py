@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -10,77 +9,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from edge_anomaly_runtime.cli import app, run
-from edge_anomaly_runtime.errors import MissingRequirementError, UsageError, did_you_mean
+from edge_anomaly_runtime.errors import UsageError
 
-MODELS = ["padim"]
+from .cli_options import AlphaFail, AlphaWarn, ForceOption, JsonOption, SeedOption, StrictOption, require
+from .cli_train import train_app
 
-DataOption = Annotated[
-    str, typer.Option(help="A folder with train/good, a folder of normal images, or elpv-mono, elpv-poly.")
-]
-SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
-StrictOption = Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-AlphaFail = Annotated[float, typer.Option(help="Share of good parts that may be NG.")]
-AlphaWarn = Annotated[float, typer.Option(help="Share of good parts that may be WARN or NG.")]
-
-
-@app.command()
-def train(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="padim.")],
-    data: DataOption,
-    out: Annotated[Path, typer.Option(help="The run folder to write.")],
-    backbone: Annotated[str, typer.Option(help="wide_resnet50_2, resnet18, resnet50 or efficientnet_lite0.")] = (
-        "wide_resnet50_2"
-    ),
-    weights: Annotated[str, typer.Option(help="default, a .pth or .safetensors file, or random (tests only).")] = (
-        "default"
-    ),
-    size: Annotated[int, typer.Option(help="Side of the model's square input in pixels.")] = 224,
-    resize: Annotated[str, typer.Option(help="squash, crop or letterbox.")] = "squash",
-    roi: Annotated[str, typer.Option(help="left,top,right,bottom as shares of the picture.")] = "0,0,1,1",
-    dims: Annotated[int | None, typer.Option(help="Channels kept; 0 for all. Default: 64 or 100 by backbone.")] = None,
-    reduction: Annotated[str, typer.Option(help="semi-orthogonal or random.")] = "semi-orthogonal",
-    covariance: Annotated[str, typer.Option(help="location (one per place) or tied (one for all).")] = "location",
-    shrinkage: Annotated[float, typer.Option(help="0 to 1: pull of the covariance to the identity.")] = 0.0,
-    holdout: Annotated[float, typer.Option(help="Share of normal images kept to set the thresholds.")] = 0.2,
-    alpha_fail: AlphaFail = 0.01,
-    alpha_warn: AlphaWarn = 0.05,
-    seed: SeedOption = 0,
-    strict: StrictOption = False,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Learn from normal images and write a run folder.
-
-    Example: edge-anomaly train padim --data parts/ --backbone efficientnet_lite0 --out runs/parts
-    """
-    if model not in MODELS:
-        raise did_you_mean("model", model, MODELS)
-    _require("train", "torch", "torchvision", "timm", "sklearn", "matplotlib", "safetensors")
-    from edge_anomaly_runtime.preprocess import Preprocess
-
-    from .padim import PadimConfig
-    from .train import TrainOptions, train_padim
-
-    trained = train_padim(
-        data,
-        out,
-        config=PadimConfig(
-            backbone=_known_backbone(backbone),
-            dims=dims,
-            reduction=reduction,  # type: ignore[arg-type]  # checked by PadimConfig
-            covariance=covariance,  # type: ignore[arg-type]
-            shrinkage=shrinkage,
-            seed=seed,
-        ),
-        preprocess=Preprocess(size, size, resize, _parse_roi(roi)),  # type: ignore[arg-type]  # checked there
-        weights=weights,
-        options=TrainOptions(holdout, alpha_warn, alpha_fail, strict, force),
-    )
-    if as_json:
-        limits = trained.thresholds.model_dump()
-        _print_json({"schema": "edge-anomaly.train/1", "run": str(out), "data": trained.data, "thresholds": limits})
+app.add_typer(train_app, name="train")
 
 
 @app.command()
@@ -105,7 +39,7 @@ def export(
 
     Example: edge-anomaly export runs/parts --target openvino --precision int8 --out part.eab
     """
-    _require("export", "torch", "onnx", "onnxscript", "onnxruntime")
+    require("export", "torch", "onnx", "onnxscript", "onnxruntime")
     from edge_anomaly_calibration.guard import GuardLimits
     from edge_anomaly_export.exporting import ExportOptions, export_run
     from edge_anomaly_runtime.bundle import manifest_bytes
@@ -130,8 +64,12 @@ def export(
 
 @app.command()
 def evaluate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle NAME.eab, or a run folder.")],
-    data: DataOption,
+    path: Annotated[Path, typer.Argument(metavar="RUN|BUNDLE", help="A bundle NAME.eab, or a run folder.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Labelled images: as for train. A classifier's default: the data it was trained on."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page with all figures into this folder.")] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime (bundles only).")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or int8 (bundles only).")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Split of a named data set. Default: the training's.")] = None,
@@ -141,18 +79,60 @@ def evaluate(
     """Judge labelled images: AUROC, AUPRO, and the false-alarm rate against the promised one.
 
     Example: edge-anomaly evaluate part.eab --data parts/ --engine openvino --json
+    Example: edge-anomaly evaluate runs/parts --data parts/ --report report/
     """
-    _require("train", "torch", "sklearn", "scipy")
+    require("train", "torch", "sklearn", "scipy", "matplotlib")
+    from .train_classifier import is_classifier_run
+
+    if is_classifier_run(path):
+        from .evaluation_report import evaluate_classifier
+
+        figures = evaluate_classifier(path, data, report=report, strict=strict)
+        _print_json(figures) if as_json else _print_classification(figures)
+        return
     from .data import open_dataset
     from .evaluate import evaluate_items, open_judge
 
-    with open_judge(bundle, engine=engine, precision=precision) as judge:
+    if data is None:
+        raise UsageError("There is nothing to judge.", "Give labelled images with --data.")
+    with open_judge(path, engine=engine, precision=precision) as judge:
         dataset = open_dataset(data, seed=judge.seed if seed is None else seed)
-        figures, _, _ = evaluate_items(judge, dataset.test, strict=strict)
+        figures, items, predictions = evaluate_items(judge, dataset.test, strict=strict)
+    if report is not None:
+        from .evaluation_report import report_detector
+
+        report_detector(path, report, judge, items, predictions, figures)
     if as_json:
         _print_json(figures)
     else:
         _print_figures(figures)
+
+
+@app.command()
+def compare(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN|BUNDLE...", help="Runs and bundles to set side by side.")],
+    data: Annotated[
+        str | None, typer.Option(help="Labelled images. Default: those that each run was trained beside.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plot into this PNG file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set runs side by side: accuracy, size, latency on this CPU, training time.
+
+    Example: edge-anomaly compare runs/padim runs/stpm part.eab --data parts/ --out models.png
+    """
+    require("train", "torch", "sklearn", "scipy", "matplotlib")
+    from edge_anomaly_runtime.atomic import replace_file
+
+    from .compare import compare_paths
+
+    comparison = compare_paths(paths, data)
+    if out is not None:
+        replace_file(out, comparison.plot)
+    if as_json:
+        _print_json(comparison.record)
+    else:
+        print(comparison.table)
 
 
 @app.command(name="sample-data")
@@ -194,7 +174,7 @@ def demo(
 
     Example: edge-anomaly demo --data elpv-mono --out demo-elpv
     """
-    _require("all", "torch", "sklearn", "onnx", "onnxscript", "onnxruntime", "openvino")
+    require("all", "torch", "sklearn", "onnx", "onnxscript", "onnxruntime", "openvino")
     from .demo import run_demo
 
     summary = run_demo(data, out, seed=seed, force=force)
@@ -207,34 +187,23 @@ def main() -> NoReturn:
     run(app)
 
 
-def _require(extra: str, *packages: str) -> None:
-    """Refuse a workstation command on a lean install with the line to type."""
-    absent = [package for package in packages if importlib.util.find_spec(package) is None]
-    if absent:
-        raise MissingRequirementError(
-            f"This command needs packages that are not installed: {', '.join(absent)}.",
-            f'Run: pip install "edge-anomaly[{extra}]"',
-        )
-
-
-def _known_backbone(name: str) -> str:
-    from .backbones import BACKBONES
-
-    if name not in BACKBONES:
-        raise did_you_mean("backbone", name, list(BACKBONES))
-    return name
-
-
-def _parse_roi(text: str) -> tuple[float, float, float, float]:
-    try:
-        left, top, right, bottom = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--roi {text!r} is not left,top,right,bottom.", "Example: --roi 0.1,0.1,0.9,0.9") from None
-    return left, top, right, bottom
-
-
 def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value))
+
+
+def _print_classification(figures: dict[str, Any]) -> None:
+    low, high = figures["accuracy_interval"]
+    print(f"images           {figures['images']}")
+    print(f"accuracy         {figures['accuracy']:.2%}  (95 % {low:.2%} to {high:.2%})")
+    if figures["top5"] is not None:
+        print(f"top-5            {figures['top5']:.2%}")
+    for name, row in figures["classes"].items():
+        print(
+            f"  {name:14} {row['images']:5} images   precision {row['precision']:.3f}   recall {row['recall']:.3f}   "
+            f"F1 {row['f1']:.3f}"
+        )
+    for pair in figures["most_confused"]:
+        print(f"  {pair['count']:5} x {pair['true']} taken for {pair['predicted']} ({pair['share']:.1%})")
 
 
 def _print_figures(figures: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from .padim import PadimConfig
 from .prediction import Predictions
 from .report import Example, demo_report
 from .sample_data import draw_sample_data
-from .train import train_padim
+from .train import train_detector
 
 SCHEMA = "edge-anomaly.demo/1"
 BACKBONE = "efficientnet_lite0"
@@ -70,7 +70,7 @@ def _run(data: str, out: Path, seed: int) -> dict[str, Any]:
     name = Path(source).resolve().name if data != "sample" and data not in NAMED else data
     run, bundle = out / "run", out / f"{name}.eab"
     config = PadimConfig(backbone=BACKBONE, seed=seed)
-    train_padim(source, run, config=config, preprocess=Preprocess(_SIZE, _SIZE))
+    train_detector(source, run, config=config, preprocess=Preprocess(_SIZE, _SIZE))
     manifest = export_run(run, bundle, ExportOptions(("openvino",), "int8", seed=seed))
     dataset = open_dataset(source, seed=seed)
     keys = ("openvino/fp32", "openvino/int8")

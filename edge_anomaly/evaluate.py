@@ -121,13 +121,33 @@ def false_alarms(normal_scores: npt.NDArray[np.float64], limit: Threshold) -> di
 
 
 def _image_figures(scores: npt.NDArray[np.float64], defective: Mask, thresholds: Thresholds) -> dict[str, Any]:
+    limit = thresholds.fail.value
+
+    def f1(values: npt.NDArray[np.float64], truth: Mask) -> float:
+        return metrics.f1_at(values, truth, limit)
+
     return {
-        "auroc": metrics.auroc(scores, defective),
-        "auroc_interval": list(metrics.bootstrap_interval(metrics.auroc, scores, defective)),
-        "average_precision": metrics.average_precision(scores, defective),
-        "f1": metrics.f1_at(scores, defective, thresholds.fail.value),
-        "found": float((scores[defective] > thresholds.fail.value).mean()),
+        **_ranking_figures(scores, defective),
+        "f1": f1(scores, defective),
+        "f1_interval": list(metrics.bootstrap_interval(f1, scores, defective)),
+        **_found(scores[defective], limit),
     }
+
+
+def _ranking_figures(scores: npt.NDArray[np.float64], defective: Mask) -> dict[str, Any]:
+    """Return the figures that need no threshold, each with its 95 % bootstrap interval."""
+    figures: dict[str, Any] = {}
+    for name, statistic in (("auroc", metrics.auroc), ("average_precision", metrics.average_precision)):
+        figures[name] = statistic(scores, defective)
+        figures[f"{name}_interval"] = list(metrics.bootstrap_interval(statistic, scores, defective))
+    return figures
+
+
+def _found(defective_scores: npt.NDArray[np.float64], limit: float) -> dict[str, Any]:
+    """Return the share of defective images above the limit with its exact 95 % interval."""
+    hits = int((defective_scores > limit).sum())
+    interval = metrics.binomial_interval(hits, defective_scores.size)
+    return {"found": hits / defective_scores.size, "found_interval": list(interval)}
 
 
 def _defect_figures(
@@ -140,20 +160,37 @@ def _defect_figures(
         both, truth = np.concatenate([good, bad]), np.repeat([False, True], [good.size, bad.size])
         rows[str(label)] = {
             "images": int(bad.size),
-            "auroc": metrics.auroc(both, truth),
-            "found": float((bad > thresholds.fail.value).mean()),
+            **_ranking_figures(both, truth),
+            **_found(bad, thresholds.fail.value),
         }
     return rows
 
 
-def _pixel_figures(items: Sequence[Item], predictions: Predictions, spec: Preprocess) -> dict[str, float]:
+def _pixel_figures(items: Sequence[Item], predictions: Predictions, spec: Preprocess) -> dict[str, Any]:
     """Pixel figures at the model's input size, over good images and those with a mask; empty without masks."""
+    maps, masks = maps_and_masks(items, predictions, spec)
+    if not maps:
+        return {}
+    intervals = metrics.pixel_intervals(maps, masks)
+    return {
+        "auroc": metrics.pixel_auroc(maps, masks),
+        "auroc_interval": list(intervals["auroc"]),
+        "aupro": metrics.aupro(maps, masks),
+        "aupro_interval": list(intervals["aupro"]),
+    }
+
+
+def maps_and_masks(
+    items: Sequence[Item], predictions: Predictions, spec: Preprocess
+) -> tuple[list[npt.NDArray[np.float32]], list[Mask]]:
+    """Return maps and masks, bool [height, width] of the model's input, of all good images and those with a mask.
+
+    Both are empty where no image has a mask.
+    """
     chosen = [index for index, item in enumerate(items) if item.label == GOOD or item.mask is not None]
     if not any(items[index].mask for index in chosen):
-        return {}
-    masks = [_read_mask(items[index].mask, spec) for index in chosen]
-    maps = [predictions.maps[index] for index in chosen]
-    return {"auroc": metrics.pixel_auroc(maps, masks), "aupro": metrics.aupro(maps, masks)}
+        return [], []
+    return [predictions.maps[index] for index in chosen], [_read_mask(items[index].mask, spec) for index in chosen]
 
 
 def _read_mask(path: Path | None, spec: Preprocess) -> Mask:

@@ -6,8 +6,9 @@ construction. Reduction by a semi-orthogonal matrix follows Kim et al. 2021.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,14 +19,17 @@ from torch import nn
 
 from edge_anomaly_runtime.errors import UsageError
 
-from .backbones import BACKBONES, Backbone
+from .backbones import BACKBONES, DEFAULT_WEIGHTS, Backbone, build_backbone
+from .features import blurred, gaussian_kernel, joint_features
+from .image_set import ImageSet
+from .training import FitSession
 
 CovarianceKind = Literal["location", "tied"]
 ReductionKind = Literal["semi-orthogonal", "random"]
 
 # 64 fits a CPU's cache; at 100 the whitening of ResNet-18 takes a third of the INT8 graph's time. What 64 costs in
 # accuracy was measured on EfficientNet-Lite0 only (docs/results.md).
-DEFAULT_DIMS = {"efficientnet_lite0": 64, "resnet18": 64, "resnet50": 100, "wide_resnet50_2": 100}
+DEFAULT_DIMS = {"efficientnet_lite0": 64, "resnet18": 64, "resnet34": 64, "resnet50": 100, "wide_resnet50_2": 100}
 
 MIN_IMAGES = 10
 _BYTES = 4
@@ -127,29 +131,18 @@ class PadimHead(nn.Module):
         self.register_buffer("mean", torch.zeros(1, self.dims, *grid))
         self.register_buffer("whitening_top", torch.zeros(self.groups * self.top, self.top, 1, 1))
         self.register_buffer("whitening_bottom", torch.zeros(self.groups * bottom, self.dims, 1, 1))
-        self.register_buffer("kernel", _gaussian_kernel(config.smoothing))
+        self.register_buffer("kernel", gaussian_kernel(config.smoothing))
 
     def embed(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Return the joint features float32 [N, d, h, w]: 3x3 means, brought to the finest grid, joined and reduced."""
-        pooled = [F.avg_pool2d(feature, 3, stride=1, padding=1) for feature in features]
-        same_grid = [
-            feature
-            if feature.shape[-2:] == (self.rows, self.columns)
-            else F.interpolate(feature, size=(self.rows, self.columns), mode="bilinear", align_corners=False)
-            for feature in pooled
-        ]
-        return F.conv2d(torch.cat(same_grid, dim=1), self.projection)
+        return F.conv2d(joint_features(features, (self.rows, self.columns)), self.projection)
 
     def judge(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return score [N], the largest value of the smoothed map, and the map [N, h, w]."""
         centred = embedding - self.mean
         squared = self._squared_tied(centred) if self.groups == 1 else self._squared_per_place(centred)
-        anomaly_map = torch.sqrt(squared).reshape(-1, 1, self.rows, self.columns)
-        reach = self.kernel.shape[-1] // 2
-        if reach:
-            padded = F.pad(anomaly_map, (reach, reach, reach, reach), mode="replicate")
-            anomaly_map = F.conv2d(padded, self.kernel)
-        anomaly_map = anomaly_map.reshape(-1, self.rows, self.columns)
+        distances = torch.sqrt(squared).reshape(-1, self.rows, self.columns)
+        anomaly_map = blurred(distances, self.kernel)
         return anomaly_map.amax(dim=(1, 2)), anomaly_map
 
     def forward(self, features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -188,10 +181,62 @@ class Padim(nn.Module):
         """Return score float32 [N], anomaly map float32 [N, h, w] and embedding float32 [N, d, h, w]."""
         return self.head(self.backbone(image))  # type: ignore[no-any-return]
 
-    def set_gaussian(self, gaussian: Gaussian) -> None:
-        """Put a fitted Gaussian into the head."""
-        for name, value in head_arrays(self.config, gaussian, (self.head.rows, self.head.columns)).items():
-            getattr(self.head, name).copy_(torch.from_numpy(value))
+
+def build(config: PadimConfig, height: int, width: int, *, weights: str = DEFAULT_WEIGHTS) -> Padim:
+    """Return the detector with its backbone's weights and no Gaussian yet; the config's `dims` become a number."""
+    backbone = build_backbone(config.backbone, layers=config.layers, weights=weights, seed=config.seed)
+    return Padim(replace(config, dims=config.reduced), backbone, height, width)
+
+
+def announce(config: PadimConfig, height: int, width: int, images: int) -> list[str]:
+    """Return what to tell the user before the fit: grid, channels, size of the head, and whether images are few."""
+    rows, columns = config.grid(height, width)
+    lines = [
+        f"{rows}x{columns} places, {config.reduced} of {config.channels} channels, {config.covariance} covariance, "
+        f"head {config.head_bytes(height, width) / 1e6:.1f} MB"
+    ]
+    if MIN_IMAGES <= images < advised_images(config):
+        lines.append(
+            f"Warning: {images} images are few for {config.reduced} channels; {advised_images(config)} or more are "
+            "advisable (or fewer channels with --dims, or --covariance tied)."
+        )
+    return lines
+
+
+def fit(model: Padim, images: ImageSet, session: FitSession) -> None:
+    """Fit the Gaussian on all images in one pass; `session` has nothing to resume or to log.
+
+    Raises:
+        UsageError: there are fewer images than MIN_IMAGES, or a feature is not finite.
+    """
+    if len(images) < MIN_IMAGES:
+        raise too_few_images(len(images))
+    for name, value in refit(model.config, _embeddings(model, images)).items():
+        getattr(model.head, name).copy_(torch.from_numpy(value))
+
+
+def refit(config: PadimConfig, embeddings: Iterable[npt.NDArray[np.float32]]) -> dict[str, npt.NDArray[np.float32]]:
+    """Return the head's buffers by name, fitted on embeddings float32 [N, d, h, w] of whichever graph made them."""
+    batches = iter(embeddings)
+    first = next(batches, None)
+    if first is None:
+        raise too_few_images(0)
+    rows, columns = first.shape[2:]
+    return head_arrays(config, fit_gaussian(itertools.chain([first], batches), config), (rows, columns))
+
+
+def _embeddings(model: Padim, images: ImageSet) -> Iterator[npt.NDArray[np.float32]]:
+    for batch in images.batches("fitting"):
+        with torch.inference_mode():
+            yield model.head.embed(model.backbone(torch.from_numpy(batch))).numpy()
+
+
+def too_few_images(count: int) -> UsageError:
+    """Return the error for fewer images than a covariance can be estimated on."""
+    return UsageError(
+        f"{count} images to fit on are too few.",
+        f"Give at least {MIN_IMAGES}, held-out ones not counted; 100 or more are advisable.",
+    )
 
 
 def fit_gaussian(embeddings: Iterable[npt.NDArray[np.float32]], config: PadimConfig) -> Gaussian:
@@ -216,10 +261,7 @@ def fit_gaussian(embeddings: Iterable[npt.NDArray[np.float32]], config: PadimCon
         squares += centred.transpose(0, 2, 1) @ centred
         count += batch.shape[0]
     if shift is None or count < MIN_IMAGES:
-        raise UsageError(
-            f"PaDiM cannot be fitted on {count} normal images.",
-            f"Give {MIN_IMAGES} at the very least; {advised_images(config)} or more are advisable.",
-        )
+        raise too_few_images(count)
     mean = total / count
     covariance = (squares - count * mean.transpose(0, 2, 1) @ mean) / (count - 1)
     if config.covariance == "tied":
@@ -262,11 +304,3 @@ def _projection(config: PadimConfig) -> torch.Tensor:
     else:
         matrix = np.linalg.qr(rng.standard_normal((channels, dims)))[0].T
     return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32)).reshape(dims, channels, 1, 1)
-
-
-def _gaussian_kernel(sigma: float) -> torch.Tensor:
-    """Return a normalised blur kernel float32 [1, 1, k, k] that reaches three standard deviations."""
-    reach = int(np.ceil(3 * sigma))
-    line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-9)) ** 2)
-    kernel = np.outer(line, line) / line.sum() ** 2
-    return torch.from_numpy(kernel.astype(np.float32))[None, None]

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save
+from torch import nn
 
 from edge_anomaly_runtime.bundle import Thresholds
 from edge_anomaly_runtime.errors import ArtefactError, UsageError
 from edge_anomaly_runtime.preprocess import Preprocess
 
-from .backbones import RANDOM_WEIGHTS, build_backbone
+from .backbones import RANDOM_WEIGHTS
 from .data import Item
-from .padim import Padim, PadimConfig
+from .detectors import DETECTORS, config_from_record, kind_of
 
 SCHEMA = "edge-anomaly.run/1"
 RECORD = "run.json"
@@ -27,14 +28,14 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training run.
+    """A finished training run of a detector; `config` is its detector's.
 
     `fit` are the images that the model was fitted on, `holdout` the normal ones that set the thresholds, `test` the
     labelled ones. `thresholds` hold for the torch model only.
     """
 
     path: Path
-    config: PadimConfig
+    config: Any
     preprocess: Preprocess
     fit: tuple[Path, ...]
     holdout: tuple[Path, ...]
@@ -45,13 +46,19 @@ class Run:
     weights: str
     seed: int
     versions: dict[str, str]
+    seconds: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """Name of the detector."""
+        return kind_of(self.config)
 
 
-def save_run(folder: Path, run: Run, model: Padim) -> None:
+def save_run(folder: Path, run: Run, model: nn.Module) -> None:
     """Write the record and the weights of a run into an empty folder."""
     record = {
         "schema": SCHEMA,
-        "model": "padim",
+        "model": run.kind,
         "created_utc": now_utc(),
         "config": asdict(run.config),
         "preprocess": asdict(run.preprocess),
@@ -64,6 +71,7 @@ def save_run(folder: Path, run: Run, model: Padim) -> None:
         "weights": run.weights,
         "seed": run.seed,
         "versions": run.versions,
+        "seconds": run.seconds,
     }
     # Through Python's own write, so that a full disk is an OSError like any other.
     (folder / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in model.state_dict().items()}))
@@ -83,10 +91,9 @@ def load_run(path: Path) -> Run:
         record = json.loads((path / RECORD).read_text())
         if record.get("schema") != SCHEMA:
             raise ArtefactError(f"{path} has schema {record.get('schema')!r}, not {SCHEMA!r}.", "Train it again.")
-        config = record["config"]
         return Run(
             path=path,
-            config=PadimConfig(**{**config, "layers": tuple(config["layers"])}),
+            config=config_from_record(record["model"], record["config"]),
             preprocess=Preprocess(**{**record["preprocess"], "roi": tuple(record["preprocess"]["roi"])}),
             fit=tuple(map(Path, record["fit"])),
             holdout=tuple(map(Path, record["holdout"])),
@@ -97,6 +104,7 @@ def load_run(path: Path) -> Run:
             weights=record["weights"],
             seed=record["seed"],
             versions=record["versions"],
+            seconds=record["seconds"],
         )
     except FileNotFoundError:
         raise ArtefactError(f"{path} is not a finished run: it has no {RECORD}.", "Train it again.") from None
@@ -104,19 +112,19 @@ def load_run(path: Path) -> Run:
         raise ArtefactError(f"{path / RECORD} is damaged: {error}.", "Train it again.") from error
 
 
-def load_model(run: Run) -> Padim:
+def load_model(run: Run) -> nn.Module:
     """Build the run's model with its stored weights; nothing is downloaded.
 
     Raises:
         ArtefactError: the weights are missing, damaged or of another architecture.
     """
-    backbone = build_backbone(run.config.backbone, layers=run.config.layers, weights=RANDOM_WEIGHTS)
-    model = Padim(run.config, backbone, run.preprocess.height, run.preprocess.width)
+    build = DETECTORS[run.kind].build
+    model = build(run.config, run.preprocess.height, run.preprocess.width, weights=RANDOM_WEIGHTS)
     try:
         model.load_state_dict(load_file(run.path / WEIGHTS))
     except Exception as error:  # safetensors, OS and shape errors share no base
         raise ArtefactError(f"{run.path / WEIGHTS} does not fit the run: {error}", "Train it again.") from error
-    return model
+    return model.eval()
 
 
 def newest_run(folder: Path = Path("runs")) -> Path:
@@ -130,7 +138,18 @@ def newest_run(folder: Path = Path("runs")) -> Path:
 def package_versions() -> dict[str, str]:
     """Return the versions that results may depend on; absent packages are left out."""
     found = {"python": platform.python_version()}
-    for name in ("edge-anomaly", "torch", "torchvision", "numpy", "pillow", "onnx", "onnxruntime", "openvino"):
+    for name in (
+        "edge-anomaly",
+        "torch",
+        "torchvision",
+        "timm",
+        "transformers",
+        "numpy",
+        "pillow",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

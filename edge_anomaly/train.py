@@ -2,51 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from edge_anomaly_calibration.thresholds import fit_thresholds
-from edge_anomaly_runtime.atomic import check_free, new_folder
+from edge_anomaly_calibration.thresholds import check_rates, fit_thresholds
+from edge_anomaly_runtime.atomic import check_free, make_folder, new_folder
 from edge_anomaly_runtime.bundle import Thresholds
 from edge_anomaly_runtime.cpu import usable_cpus
-from edge_anomaly_runtime.errors import ImageError, UsageError
-from edge_anomaly_runtime.images import read_images
+from edge_anomaly_runtime.errors import UsageError
 from edge_anomaly_runtime.preprocess import Preprocess
-from edge_anomaly_runtime.progress import say, track
+from edge_anomaly_runtime.progress import say
 
-from .backbones import DEFAULT_WEIGHTS, RANDOM_WEIGHTS, build_backbone
+from .backbones import DEFAULT_WEIGHTS, RANDOM_WEIGHTS
 from .data import open_dataset, split_holdout
-from .padim import MIN_IMAGES, Padim, PadimConfig, advised_images, fit_gaussian
-from .prediction import batched, predict, read_pixels, report_bad, torch_scores
+from .detectors import DETECTORS, kind_of
+from .image_set import ImageSet
+from .prediction import predict, torch_scores
 from .runs import Run, package_versions, save_run
+from .training import CHECKPOINT, METRICS, FitSession
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What is not part of the model: share of images held out, rates of the two thresholds, behaviour on bad files."""
+    """What is not part of the model: share of images held out, rates of the two thresholds, how and where to compute.
+
+    resume: go on from the last finished epoch of an interrupted training with the same settings.
+    precision: auto, fp32, bf16 or fp16; device: auto, cpu or cuda.
+    """
 
     holdout: float = 0.2
     alpha_warn: float = 0.05
     alpha_fail: float = 0.01
     strict: bool = False
     force: bool = False
+    resume: bool = False
+    precision: str = "auto"
+    device: str = "auto"
+    tensorboard: bool = False
 
 
-def train_padim(
+def train_detector(
     data: str,
     out: Path,
     *,
-    config: PadimConfig,
+    config: Any,
     preprocess: Preprocess,
     weights: str = DEFAULT_WEIGHTS,
     options: TrainOptions | None = None,
 ) -> Run:
-    """Fit PaDiM on the normal images of `data` and write a run folder to `out`.
+    """Train the detector of `config` on the normal images of `data` and write a run folder to `out`.
+
+    A detector that is trained by epochs keeps its checkpoints in `OUT.unfinished` until it has finished.
 
     Raises:
         UsageError: the data, an option or the output cannot be used.
@@ -54,91 +68,127 @@ def train_padim(
         OutputError: the disk is full.
     """
     options = options or TrainOptions()
+    check_rates(options.alpha_warn, options.alpha_fail)
     check_free(out, force=options.force)
-    torch.set_num_threads(usable_cpus())
-    dataset = open_dataset(data, seed=config.seed)
-    fit_items, holdout_items = split_holdout(dataset.train, options.holdout, config.seed)
-    _announce(config, preprocess, len(fit_items), len(holdout_items), weights)
-    backbone = build_backbone(config.backbone, layers=config.layers, weights=weights, seed=config.seed)
-    model = Padim(config, backbone, preprocess.height, preprocess.width)
-    with new_folder(out, force=options.force) as folder:
-        fitted, skipped = _fit(model, [item.path for item in fit_items], preprocess, strict=options.strict)
-        holdout_paths, pixels = read_pixels(
-            [item.path for item in holdout_items], preprocess, strict=options.strict, what="setting thresholds"
+    detector = DETECTORS[kind_of(config)]
+    start = time.monotonic()
+    with (
+        quiet_unless_first_process(),
+        working_folder(out, resume=options.resume, force=options.force, by_epochs=detector.by_epochs) as working,
+    ):
+        torch.set_num_threads(usable_cpus())
+        dataset = open_dataset(data, seed=config.seed)
+        fit_items, holdout_items = split_holdout(dataset.train, options.holdout, config.seed)
+        say(
+            f"{kind_of(config)} at {preprocess.height}x{preprocess.width}: fitting on {len(fit_items)} images, "
+            f"{len(holdout_items)} held out for the thresholds, seed {config.seed}"
         )
-        normal = predict(torch_scores(model), pixels, what="scoring", total=len(pixels))
-        thresholds = fit_thresholds(
-            normal.scores, normal.map_maxima(), alpha_warn=options.alpha_warn, alpha_fail=options.alpha_fail
+        for line in detector.announce(config, preprocess.height, preprocess.width, len(fit_items)):
+            say(line)
+        if weights == RANDOM_WEIGHTS:
+            say("Warning: random weights are for timing and tests; such a model finds nothing.")
+        model = detector.build(config, preprocess.height, preprocess.width, weights=weights)
+        images = ImageSet([item.path for item in fit_items], preprocess, strict=options.strict)
+        detector.fit(
+            model,
+            images,
+            FitSession(working, options.resume, options.precision, options.device, options.tensorboard),
         )
-        means = pixels.mean(axis=(1, 2, 3))
+        holdout = ImageSet([item.path for item in holdout_items], preprocess, strict=options.strict)
+        thresholds, brightness = _limits(model, holdout, options)
         run = Run(
             path=out,
-            config=config,
+            config=model.config,
             preprocess=preprocess,
-            fit=tuple(path.resolve() for path in fitted),
-            holdout=tuple(path.resolve() for path in holdout_paths),
+            fit=tuple(path.resolve() for path in images.paths),
+            holdout=tuple(path.resolve() for path in holdout.paths),
             test=dataset.test,
             thresholds=thresholds,
-            brightness=(float(means.min()), float(means.max())),
-            data={**dataset.summary(), "fitted": len(fitted), "held_out": len(holdout_paths), "skipped": skipped},
+            brightness=brightness,
+            data={
+                **dataset.summary(),
+                "fitted": len(images),
+                "held_out": len(holdout),
+                "skipped": images.skipped + holdout.skipped,
+            },
             weights=weights if weights in (DEFAULT_WEIGHTS, RANDOM_WEIGHTS) else Path(weights).name,
             seed=config.seed,
             versions=package_versions(),
+            seconds=round(time.monotonic() - start, 1),
         )
-        save_run(folder, run, model)
-    _conclude(run, thresholds)
+        if is_first_process():
+            with new_folder(out, force=options.force) as folder:
+                save_run(folder, run, model)
+                keep_logs(working, folder)
+            _conclude(run)
     return run
 
 
-def _announce(config: PadimConfig, preprocess: Preprocess, fit: int, holdout: int, weights: str) -> None:
-    rows, columns = config.grid(preprocess.height, preprocess.width)
-    size = config.head_bytes(preprocess.height, preprocess.width)
-    say(
-        f"padim on {config.backbone}, {preprocess.height}x{preprocess.width}: {rows}x{columns} places, "
-        f"{config.reduced} of {config.channels} channels, {config.covariance} covariance, head {size / 1e6:.1f} MB"
+def _limits(model: Any, holdout: ImageSet, options: TrainOptions) -> tuple[Thresholds, tuple[float, float]]:
+    """Return the torch model's thresholds, and the darkest and the brightest mean of the held-out images."""
+    pixels = [holdout.image(index) for index in range(len(holdout))]
+    normal = predict(torch_scores(model), pixels, what="setting thresholds", total=len(pixels))
+    thresholds = fit_thresholds(
+        normal.scores, normal.map_maxima(), alpha_warn=options.alpha_warn, alpha_fail=options.alpha_fail
     )
-    say(f"fitting on {fit} images, {holdout} held out for the thresholds, seed {config.seed}")
-    if fit < MIN_IMAGES:
+    means = [float(image.mean()) for image in pixels]
+    return thresholds, (min(means), max(means))
+
+
+@contextlib.contextmanager
+def working_folder(out: Path, *, resume: bool, force: bool, by_epochs: bool) -> Iterator[Path]:
+    """Yield `OUT.unfinished`, which an interruption leaves behind only where there is a checkpoint to go on from."""
+    folder = out.with_name(f"{out.name}.unfinished")
+    if resume and not by_epochs:
+        raise UsageError("--resume is for models that are trained by epochs.", "Train again: this model is quick.")
+    interrupted = _has_checkpoint(folder)
+    if resume and not interrupted:
+        raise UsageError(f"There is no interrupted training {folder} to resume.", "Leave out --resume.")
+    if interrupted and not (resume or force):
         raise UsageError(
-            f"{fit} images to fit on are too few.", f"Give at least {MIN_IMAGES}, held-out ones not counted."
+            f"{folder} holds an interrupted training.", "Go on with --resume, or start again with --force."
         )
-    if fit < advised_images(config):
-        say(
-            f"Warning: {fit} images are few for {config.reduced} channels; {advised_images(config)} or more are "
-            "advisable (or fewer channels with --dims, or --covariance tied)."
-        )
-    if weights == RANDOM_WEIGHTS:
-        say("Warning: random weights are for timing and tests; such a model finds nothing.")
+    if not resume and is_first_process():
+        shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    finished = False
+    try:
+        yield folder
+        finished = True
+    finally:
+        if is_first_process() and (finished or not _has_checkpoint(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fit(model: Padim, paths: list[Path], spec: Preprocess, *, strict: bool) -> tuple[list[Path], int]:
-    """Fit the model's Gaussian; return the images that it was fitted on and how many could not be read."""
-    bad: list[ImageError] = []
-    fitted: list[Path] = []
-    images = _fitting_images(paths, spec, bad, fitted, strict=strict)
-    model.set_gaussian(fit_gaussian(_embeddings(model, images), model.config))
-    report_bad(bad, len(paths))
-    return fitted, len(bad)
+def _has_checkpoint(folder: Path) -> bool:
+    return any(folder.rglob(CHECKPOINT))
 
 
-def _fitting_images(
-    paths: list[Path], spec: Preprocess, bad: list[ImageError], fitted: list[Path], *, strict: bool
-) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yield the readable images and note which they were."""
-    for path, pixels in track(read_images(paths, spec, bad=bad, strict=strict), "fitting", len(paths)):
-        fitted.append(path)
-        yield pixels
+def keep_logs(working: Path, folder: Path) -> None:
+    """Move metrics and TensorBoard files of every phase into the run; checkpoints are not kept."""
+    for path in [*working.rglob(METRICS), *working.rglob("events.out.*")]:
+        target = folder / path.relative_to(working)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
 
-def _embeddings(model: Padim, images: Iterator[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.float32]]:
-    for batch in batched(images):
-        with torch.inference_mode():
-            features = model.backbone(torch.from_numpy(batch))
-            yield model.head.embed(features).numpy()
+def is_first_process() -> bool:
+    """Tell whether this is the only process of a training, or the first of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
-def _conclude(run: Run, thresholds: Thresholds) -> None:
-    fail = thresholds.fail
+@contextlib.contextmanager
+def quiet_unless_first_process() -> Iterator[None]:
+    """Let one of several processes speak."""
+    if is_first_process():
+        yield
+        return
+    with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
+        yield
+
+
+def _conclude(run: Run) -> None:
+    fail = run.thresholds.fail
     say(
         f"{run.path}: fail above {fail.value:.4g} ({fail.method}, {fail.n} held-out images, "
         f"at most {fail.upper95:.1%} false alarms with 95 % confidence)"

@@ -28,12 +28,12 @@ def sample_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_folder(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PaDiM run on the drawn parts: EfficientNet-Lite0, 128 px, 32 channels."""
     from edge_anomaly.padim import PadimConfig
-    from edge_anomaly.train import train_padim
+    from edge_anomaly.train import train_detector
     from edge_anomaly_runtime.preprocess import Preprocess
 
     folder = tmp_path_factory.mktemp("runs") / "parts"
     config = PadimConfig(backbone="efficientnet_lite0", dims=32)
-    train_padim(str(sample_folder), folder, config=config, preprocess=Preprocess(128, 128))
+    train_detector(str(sample_folder), folder, config=config, preprocess=Preprocess(128, 128))
     return folder
 
 

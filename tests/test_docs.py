@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
-COMMANDS = ["score", "selftest", "bench", "doctor", "train", "export", "evaluate", "sample-data", "demo"]
-BUNDLE_COMMANDS = ["info", "verify"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
+COMMANDS = ["score", "selftest", "bench", "doctor", "export", "evaluate", "compare", "sample-data", "demo"]
+GROUPS = {
+    "bundle": ["info", "verify"],
+    "train": ["padim", "patchcore", "vit-knn", "fastflow", "stpm", "autoencoder", "classifier"],
+}
 
 
 @cache
@@ -28,7 +31,9 @@ def commands_in(page: Path) -> list[str]:
     return re.findall(r"^(?:\$ )?(edge-anomaly [a-z].*)$", page.read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *(f"bundle {name}" for name in BUNDLE_COMMANDS)])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, *(f"{group} {name}" for group, names in GROUPS.items() for name in names)]
+)
 def test_every_command_has_an_example_and_a_place_in_the_docs(command: str) -> None:
     assert "Example: edge-anomaly" in help_of(*command.split())
     everything = "\n".join(page.read_text() for page in PAGES)
@@ -39,7 +44,7 @@ def test_every_command_has_an_example_and_a_place_in_the_docs(command: str) -> N
 def test_every_documented_command_line_has_known_commands_and_options(page: Path) -> None:
     for line in commands_in(page):
         words = shlex.split(line.split(" > ")[0], comments=True)[1:]
-        command = words[:2] if words[0] == "bundle" else words[:1]
+        command = words[:2] if words[0] in GROUPS else words[:1]
         text = help_of(*command)
         for option in (word for word in words if word.startswith("--")):
             assert re.search(rf"{re.escape(option)}\b", text), f"{page.name}: {line}: no {option}"

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from torch import nn
 
 from edge_anomaly.data import GOOD, UNSURE
-from edge_anomaly.padim import Padim, fit_gaussian, head_arrays
+from edge_anomaly.detectors import DETECTORS
 from edge_anomaly.prediction import Pixels, predict, read_pixels, session_scores, torch_scores
 from edge_anomaly.report import bundle_report
 from edge_anomaly.runs import Run, load_model, load_run, now_utc, package_versions
@@ -59,7 +60,7 @@ from edge_anomaly_runtime.progress import say, track
 from edge_anomaly_runtime.session import ENGINES, PRECISIONS, is_installed, open_engine
 
 from .golden import golden_from_images
-from .graph import OPSET, only_output, onnx_from_detector, with_head_arrays, without_output
+from .graph import EMBEDDING, OPSET, only_output, onnx_from_detector, with_head_arrays, without_output
 from .parity import Judged, compare_graph, parity_table
 
 TARGETS = ("onnx", "openvino")
@@ -144,13 +145,13 @@ def _build(run: Run, out: Path, options: ExportOptions) -> tuple[Manifest, dict[
     comparison = _comparison_images(run)
     with _stage("onnx"):
         traced = onnx_from_detector(model, run.preprocess.height, run.preprocess.width)
-        graphs = {"fp32": without_output(traced, "embedding")}
+        graphs = {"fp32": without_output(traced, EMBEDDING)}
     calibration = None
     if options.precision == "int8":
         with _stage("int8"):
             quantised, calibration = _quantise(run, traced, options)
         with _stage("fit on INT8 features"):
-            graphs["int8"] = without_output(_fit_again(run, quantised), "embedding")
+            graphs["int8"] = without_output(_fit_again(run, quantised), EMBEDDING)
     files, graph_files = _emit(graphs, options)
     reference = _judge_torch(run, model, comparison, options)
     judged = {
@@ -171,13 +172,13 @@ def _build(run: Run, out: Path, options: ExportOptions) -> tuple[Manifest, dict[
         seq=int(time.time()),
         created_utc=now_utc(),
         precision=options.precision,
-        model=_model_info(run, options),
+        model=_model_info(run, model, options),
         input=InputContract(
             shape=(1, run.preprocess.height, run.preprocess.width, 3),
             preprocess=run.preprocess,
             brightness=run.brightness,
         ),
-        outputs=_outputs(run),
+        outputs=_outputs(reference),
         graphs=graph_files,
         thresholds=thresholds,
         parity=tuple(rows),
@@ -266,17 +267,18 @@ def _calibration_record(images: CalibrationImages, float_model_sha256: str) -> C
 
 
 def _fit_again(run: Run, quantised: onnx.ModelProto) -> onnx.ModelProto:
-    """Fit the Gaussian on the quantised graph's own features, so that systematic rounding error cancels."""
-    session = open_engine("onnxruntime", only_output(quantised, "embedding").SerializeToString())
+    """Fit the head on the quantised graph's own features, so that systematic rounding error cancels."""
+    refit = DETECTORS[run.kind].refit
+    if refit is None:
+        return quantised
+    session = open_engine("onnxruntime", only_output(quantised, EMBEDDING).SerializeToString())
     paths = [path for path in run.fit if path.exists()]
 
     def embeddings() -> Iterator[npt.NDArray[np.float32]]:
         for _, image in track(read_images(paths, run.preprocess, bad=[]), "fitting", len(paths)):
-            yield session.run(image[np.newaxis])["embedding"]
+            yield session.run(image[np.newaxis])[EMBEDDING]
 
-    gaussian = fit_gaussian(embeddings(), run.config)
-    grid = run.config.grid(run.preprocess.height, run.preprocess.width)
-    return with_head_arrays(quantised, head_arrays(run.config, gaussian, grid))
+    return with_head_arrays(quantised, refit(run.config, embeddings()))
 
 
 def _emit(graphs: dict[str, onnx.ModelProto], options: ExportOptions) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -295,7 +297,7 @@ def _emit(graphs: dict[str, onnx.ModelProto], options: ExportOptions) -> tuple[d
     return files, graph_files
 
 
-def _judge_torch(run: Run, model: Padim, comparison: _Comparison, options: ExportOptions) -> Judged:
+def _judge_torch(run: Run, model: nn.Module, comparison: _Comparison, options: ExportOptions) -> Judged:
     predictions = predict(torch_scores(model), comparison.pixels, what="torch", total=len(comparison.pixels))
     return Judged(predictions, _thresholds(predictions, comparison, options))
 
@@ -371,17 +373,16 @@ def _reason(row: ParityRow, reports: dict[str, GuardReport]) -> str:
     return ", ".join(reports[row.backend.replace(" ", "/")].failures)
 
 
-def _model_info(run: Run, options: ExportOptions) -> ModelInfo:
-    config = run.config
-    head = config.head_bytes(run.preprocess.height, run.preprocess.width)
-    parameters = {**asdict(config), "dims": config.reduced, "head_bytes": head, "opset": OPSET, "images": len(run.fit)}
+def _model_info(run: Run, model: nn.Module, options: ExportOptions) -> ModelInfo:
+    head = sum(value.nbytes for name, value in model.state_dict().items() if name.startswith("head."))
+    parameters = {**asdict(run.config), "head_bytes": head, "opset": OPSET, "images": len(run.fit)}
     if options.allow_drop:
         parameters["allow_drop"] = True
-    return ModelInfo(kind="padim", parameters=parameters)
+    return ModelInfo(kind=run.kind, parameters=parameters)
 
 
-def _outputs(run: Run) -> tuple[OutputInfo, ...]:
-    rows, columns = run.config.grid(run.preprocess.height, run.preprocess.width)
+def _outputs(reference: Judged) -> tuple[OutputInfo, ...]:
+    rows, columns = reference.predictions.maps.shape[1:]
     return (
         OutputInfo(name="score", role="score", shape=(1,)),
         OutputInfo(name="anomaly_map", role="map", shape=(1, rows, columns)),

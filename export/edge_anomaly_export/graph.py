@@ -18,24 +18,26 @@ from torch import nn
 from edge_anomaly_runtime.errors import EdgeAnomalyError
 
 OPSET = 18
-OUTPUTS = ("score", "anomaly_map", "embedding")
+EMBEDDING = "embedding"
+OUTPUTS = ("score", "anomaly_map", EMBEDDING)
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def onnx_from_detector(model: nn.Module, height: int, width: int) -> onnx.ModelProto:
     """Trace a detector to one self-contained ONNX graph with a static batch of 1.
 
-    `model` maps uint8 [1, height, width, 3] to score, map and embedding. BatchNorm is folded; nodes are named
-    `backbone/...` or `head/...` after the module that they come from.
+    `model` maps uint8 [1, height, width, 3] to score, map and, where its head can be fitted again, embedding.
+    BatchNorm is folded; nodes are named `backbone/...` or `head/...` after the module that they come from.
     """
     example = torch.zeros(1, height, width, 3, dtype=torch.uint8)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        outputs = OUTPUTS[: len(model(example))]
         program = torch.onnx.export(
             model,
             (example,),
             input_names=["image"],
-            output_names=list(OUTPUTS),
+            output_names=list(outputs),
             opset_version=OPSET,
             dynamo=True,
             external_data=False,

@@ -52,6 +52,17 @@ def new_folder(final: Path, *, force: bool = False) -> Iterator[Path]:
         _OWN.discard(temporary.name)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents; one that is there is fine.
+
+    Raises:
+        UsageError: it cannot be created there.
+        OutputError: the disk is full or failed.
+    """
+    with disk_errors(path), _denied_as_usage(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def replace_file(final: Path, data: bytes) -> None:
     """Write `data` to `final` so that a reader sees the old content or the new one, never a part.
 

@@ -49,7 +49,12 @@ TRAIN = ("train", "padim", "--backbone", "efficientnet_lite0", "--size", "32", "
 
 @pytest.mark.parametrize(
     ("count", "readable", "text"),
-    [(-1, True, "no data folder"), (0, True, "No image files"), (30, False, "0 normal images"), (1, True, "1 normal")],
+    [
+        (-1, True, "no data folder"),
+        (0, True, "No image files"),
+        (30, False, "None of the 24 images could be read"),
+        (1, True, "1 normal"),
+    ],
     ids=["missing", "empty", "only unreadable", "one image"],
 )
 def test_unusable_data_ends_with_2_and_leaves_nothing(tmp_path: Path, count: int, readable: bool, text: str) -> None:

@@ -31,8 +31,14 @@ def test_image_figures_by_hand() -> None:
     assert figures["image"]["auroc"] == pytest.approx((1.5 + 2 + 1) / 6)
     assert figures["image"]["found"] == pytest.approx(2 / 3)
     assert figures["image"]["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert figures["defects"]["hole"] == {"images": 2, "auroc": pytest.approx(3.5 / 4), "found": 1.0}
+    hole = figures["defects"]["hole"]
+    assert (hole["images"], hole["auroc"], hole["found"]) == (2, pytest.approx(3.5 / 4), 1.0)
     assert figures["defects"]["stain"]["auroc"] == pytest.approx(0.5)
+    assert hole["found_interval"] == pytest.approx([0.025 ** (1 / 2), 1.0])
+    for row in (figures["image"], hole):
+        for name in ("auroc", "average_precision"):
+            low, high = row[f"{name}_interval"]
+            assert 0 <= low <= row[name] <= high <= 1
     assert figures["false_alarms"]["fail"]["alarms"] == 1
     assert figures["distinct_scores"] == pytest.approx(4 / 5)
     assert "pixel" not in figures
@@ -61,6 +67,8 @@ def test_pixel_figures_use_masks_at_the_models_size(tmp_path: Path) -> None:
     wrong = evaluate_predictions(items, predictions([0.0, 1.0], maps), SPEC, THRESHOLDS)
 
     assert figures["pixel"]["auroc"] > 0.99
+    for name in ("auroc", "aupro"):  # one image of each kind: every resample is the same
+        assert figures["pixel"][f"{name}_interval"] == pytest.approx([figures["pixel"][name]] * 2, abs=1e-3)
     assert figures["pixel"]["aupro"] > 0.95
     assert wrong["pixel"]["auroc"] < 0.51
 

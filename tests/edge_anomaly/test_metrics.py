@@ -352,6 +352,61 @@ def test_bootstrap_of_separated_classes_has_no_width() -> None:
     assert metrics.bootstrap_interval(metrics.auroc, f(1, 2, 3, 4), b(N, N, A, A), n=50) == (1.0, 1.0)
 
 
+def located(seed: int, images: int = 10) -> tuple[list[Array], list[Array]]:
+    """Smooth maps of 24 x 24 pixels; in every other image a marked square stands out more or less."""
+    rng = np.random.default_rng(seed)
+    maps, masks = [], []
+    for index in range(images):
+        values, mask = rng.normal(size=(24, 24)), np.zeros((24, 24), dtype=np.bool_)
+        if index % 2:
+            row, column = rng.integers(0, 18, 2)
+            mask[row : row + 6, column : column + 5] = True
+            values[mask] += rng.uniform(0, 3)
+        maps.append(values)
+        masks.append(mask)
+    return maps, masks
+
+
+def test_pixel_intervals_equal_exact_figures_of_the_same_draws() -> None:
+    """Every resample is judged by the exact functions on the drawn images, good and defective drawn apart."""
+    maps, masks = located(0)
+    rng = np.random.default_rng(5)
+    exact = []
+    for _ in range(30):
+        rows = [*rng.choice(np.arange(0, 10, 2), 5), *rng.choice(np.arange(1, 10, 2), 5)]
+        drawn = [maps[row] for row in rows], [masks[row] for row in rows]
+        exact.append((metrics.pixel_auroc(*drawn), metrics.aupro(*drawn)))
+    expected = np.quantile(np.array(exact), [0.1, 0.9], axis=0)
+    intervals = metrics.pixel_intervals(maps, masks, n=30, seed=5, level=0.8)
+    assert intervals["auroc"] == pytest.approx(tuple(expected[:, 0]), abs=1e-3)
+    assert intervals["aupro"] == pytest.approx(tuple(expected[:, 1]), abs=1e-3)
+
+
+def test_pixel_intervals_of_images_that_are_alike_have_no_width() -> None:
+    maps, masks = located(1, images=2)
+    intervals = metrics.pixel_intervals(maps * 3, masks * 3, n=10)
+    assert intervals["auroc"] == pytest.approx((metrics.pixel_auroc(maps, masks),) * 2, abs=1e-3)
+    assert intervals["aupro"] == pytest.approx((metrics.aupro(maps, masks),) * 2, abs=1e-3)
+
+
+def test_pixel_intervals_of_constant_maps_are_those_of_chance() -> None:
+    _, masks = located(2)
+    intervals = metrics.pixel_intervals([np.full((24, 24), 3.0)] * 10, masks, n=10)
+    assert intervals["auroc"] == pytest.approx((0.5, 0.5))
+    assert intervals["aupro"] == pytest.approx((0.15, 0.15))
+
+
+def test_pixel_intervals_are_fixed_by_their_seed() -> None:
+    maps, masks = located(3)
+    first, again, other = (metrics.pixel_intervals(maps, masks, n=20, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_pixel_intervals_name_the_missing_class() -> None:
+    with pytest.raises(UsageError, match="no anomalous pixel"):
+        metrics.pixel_intervals([np.zeros((2, 2))], [np.zeros((2, 2), dtype=np.bool_)])
+
+
 @pytest.mark.parametrize(
     ("k", "n", "level", "expected"),
     [

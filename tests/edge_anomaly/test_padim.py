@@ -94,7 +94,7 @@ def test_fewer_images_than_channels_still_give_a_finite_whitening() -> None:
 
 
 def test_too_few_images_are_refused_with_both_numbers() -> None:
-    with pytest.raises(UsageError, match="9 normal images") as caught:
+    with pytest.raises(UsageError, match="9 images to fit on") as caught:
         fit_gaussian([correlated(9)], config())
     assert "10" in caught.value.hint
 

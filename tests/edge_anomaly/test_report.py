@@ -16,8 +16,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from edge_anomaly import report
-from edge_anomaly.report import Example, bin_counts, bin_edges, bundle_report, demo_report, score_histogram_svg
+from edge_anomaly import gallery, histogram, html
+from edge_anomaly.histogram import bin_counts, bin_edges, score_histogram_svg
+from edge_anomaly.report import Example, bundle_report, demo_report
 from edge_anomaly_runtime.bundle import (
     SCHEMA,
     Calibration,
@@ -152,9 +153,14 @@ def figures(auroc: float = 0.9871) -> dict[str, Any]:
             "warn": {**alarms, "alarms": 4, "rate": 4 / 60, "promised": 0.05, "bound": 0.0928},
         },
         "image": {"auroc": auroc, "auroc_interval": [0.9721, 0.9968], "found": 77 / 80},
-        "defects": {name: {"images": 20, "auroc": area, "found": found} for name, (area, found) in kinds.items()},
+        "defects": {name: defect(20, area, found) for name, (area, found) in kinds.items()},
         "pixel": {"auroc": 0.9736, "aupro": 0.9052},
     }
+
+
+def defect(images: int, auroc: float, found: float) -> dict[str, Any]:
+    interval = [auroc - 0.02, min(1.0, auroc + 0.01)]
+    return {"images": images, "auroc": auroc, "auroc_interval": interval, "average_precision": 0.98, "found": found}
 
 
 def bench(p50: float, p99: float | None) -> dict[str, Any]:
@@ -344,9 +350,9 @@ def test_demo_compares_fp32_with_int8(name: str, cells: list[str]) -> None:
 @pytest.mark.parametrize(
     ("kind", "cells"),
     [
-        ("hole", ["20", "0.9917", "20 of 20 (100 %) "]),
-        ("scratch", ["20", "0.9642", "18 of 20 (90 %) "]),
-        ("stain", ["20", "0.9925", "19 of 20 (95 %) "]),
+        ("hole", ["20", "0.9917", "0.972 to 1.000", "0.9800", "20 of 20 (100 %) "]),
+        ("scratch", ["20", "0.9642", "0.944 to 0.974", "0.9800", "18 of 20 (90 %) "]),
+        ("stain", ["20", "0.9925", "0.973 to 1.000", "0.9800", "19 of 20 (95 %) "]),
     ],
 )
 def test_demo_lists_every_kind_of_defect(kind: str, cells: list[str]) -> None:
@@ -433,7 +439,7 @@ def test_invalid_example_has_no_score() -> None:
 def test_mask_is_outlined_and_not_covered() -> None:
     picture, mask = Image.new("RGB", (100, 100)), Image.new("L", (100, 100))
     mask.paste(255, (40, 40, 60, 60))
-    drawn = np.asarray(report.marked(picture, mask)).max(axis=2) > 0
+    drawn = np.asarray(gallery.marked(picture, mask)).max(axis=2) > 0
     assert not drawn[40:60, 40:60].any()
     assert drawn[38, 50] and drawn[61, 50] and not drawn[30, 50]
 
@@ -464,7 +470,7 @@ def test_text_from_outside_is_escaped(field: str) -> None:
         "label": {
             "labels": [evil, *LABELS[1:]],
             "examples": [example(label=evil)],
-            "figures": {"openvino/int8": {**figures(), "defects": {evil: {"images": 1, "auroc": 1.0, "found": 1.0}}}},
+            "figures": {"openvino/int8": {**figures(), "defects": {evil: defect(1, 1.0, 1.0)}}},
         },
         "name": {"examples": [example(name=evil)]},
         "note": {"note": evil},
@@ -567,7 +573,7 @@ def test_a_limit_without_a_tail_promises_only_what_the_images_allow() -> None:
     ],
 )
 def test_rates_are_counts_and_bounds_are_rounded_up(rate: float, like: float | None, expected: str) -> None:
-    assert report._per_many(rate, like) == expected
+    assert html.per_many(rate, like) == expected
 
 
 # Histogram
@@ -640,4 +646,4 @@ def test_histogram_leaves_out_scores_that_are_not_finite() -> None:
 
 
 def test_doctests() -> None:
-    assert doctest.testmod(report).failed == 0
+    assert doctest.testmod(histogram).failed == 0

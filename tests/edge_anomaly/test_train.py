@@ -12,7 +12,7 @@ from PIL import Image
 
 from edge_anomaly.padim import PadimConfig
 from edge_anomaly.runs import load_model, load_run, newest_run
-from edge_anomaly.train import TrainOptions, train_padim
+from edge_anomaly.train import TrainOptions, train_detector
 from edge_anomaly_runtime.errors import ArtefactError, ImageError, UsageError
 from edge_anomaly_runtime.preprocess import Preprocess
 
@@ -56,7 +56,7 @@ def test_loaded_model_scores_like_the_trained_one(run_folder: Path) -> None:
 def test_same_seed_gives_identical_weights(tmp_path: Path) -> None:
     data = make_images(tmp_path / "data", 15)
     for name in ("first", "second"):
-        train_padim(str(data), tmp_path / name, config=CONFIG, preprocess=SMALL)
+        train_detector(str(data), tmp_path / name, config=CONFIG, preprocess=SMALL)
 
     first, second = (load_model(load_run(tmp_path / name)).state_dict() for name in ("first", "second"))
 
@@ -68,7 +68,7 @@ def test_bad_files_are_skipped_counted_and_listed(tmp_path: Path, capsys: pytest
     (data / "003.png").write_bytes(b"")
     (data / "007.png").write_bytes((data / "008.png").read_bytes()[:100])
 
-    run = train_padim(str(data), tmp_path / "run", config=CONFIG, preprocess=SMALL)
+    run = train_detector(str(data), tmp_path / "run", config=CONFIG, preprocess=SMALL)
 
     said = capsys.readouterr().err
     assert len(run.fit) + len(run.holdout) == 28
@@ -81,7 +81,7 @@ def test_strict_stops_at_the_first_bad_file_and_leaves_nothing(tmp_path: Path) -
     for path in data.iterdir():
         path.write_bytes(b"")
     with pytest.raises(ImageError, match="empty"):
-        train_padim(str(data), tmp_path / "run", config=CONFIG, preprocess=SMALL, options=TrainOptions(strict=True))
+        train_detector(str(data), tmp_path / "run", config=CONFIG, preprocess=SMALL, options=TrainOptions(strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -90,24 +90,24 @@ def test_folder_with_only_unreadable_images_is_refused(tmp_path: Path) -> None:
     data.mkdir()
     for index in range(30):
         (data / f"{index}.jpg").write_bytes(b"not a picture")
-    with pytest.raises(UsageError, match="0 normal images"):
-        train_padim(str(data), tmp_path / "run", config=CONFIG, preprocess=SMALL)
+    with pytest.raises(UsageError, match="None of the 24 images could be read"):
+        train_detector(str(data), tmp_path / "run", config=CONFIG, preprocess=SMALL)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("count", "text"), [(1, "1 normal images cannot be split"), (5, "4 images to fit on")])
 def test_too_few_images_are_refused(tmp_path: Path, count: int, text: str) -> None:
     with pytest.raises(UsageError, match=text):
-        train_padim(str(make_images(tmp_path / "data", count)), tmp_path / "run", config=CONFIG, preprocess=SMALL)
+        train_detector(str(make_images(tmp_path / "data", count)), tmp_path / "run", config=CONFIG, preprocess=SMALL)
 
 
 def test_head_size_is_said_before_fitting_and_few_images_are_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_padim(str(make_images(tmp_path / "data", 15)), tmp_path / "run", config=CONFIG, preprocess=SMALL)
+    train_detector(str(make_images(tmp_path / "data", 15)), tmp_path / "run", config=CONFIG, preprocess=SMALL)
 
     said = capsys.readouterr().err
-    assert said.index("head 0.0 MB") < said.index("fitting on 12 images")
+    assert said.index("fitting on 12 images") < said.index("head 0.0 MB") < said.index("fail above")
     assert "Warning: 12 images are few for 8 channels; 50 or more" in said
 
 
@@ -116,17 +116,17 @@ def test_existing_run_is_kept_unless_forced(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/mine.txt").write_text("keep")
     with pytest.raises(UsageError, match="--force"):
-        train_padim(str(data), tmp_path / "run", config=CONFIG, preprocess=SMALL)
+        train_detector(str(data), tmp_path / "run", config=CONFIG, preprocess=SMALL)
     assert (tmp_path / "run/mine.txt").read_text() == "keep"
 
-    train_padim(str(data), tmp_path / "run", config=CONFIG, preprocess=SMALL, options=TrainOptions(force=True))
+    train_detector(str(data), tmp_path / "run", config=CONFIG, preprocess=SMALL, options=TrainOptions(force=True))
     assert not (tmp_path / "run/mine.txt").exists()
 
 
 def test_roi_and_policy_reach_the_run(tmp_path: Path) -> None:
     spec = Preprocess(32, 32, "letterbox", (0.1, 0.2, 0.9, 0.8))
 
-    train_padim(str(make_images(tmp_path / "data", 15)), tmp_path / "run", config=CONFIG, preprocess=spec)
+    train_detector(str(make_images(tmp_path / "data", 15)), tmp_path / "run", config=CONFIG, preprocess=spec)
 
     assert load_run(tmp_path / "run").preprocess == spec
 

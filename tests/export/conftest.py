@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edge_anomaly.backbones import RANDOM_WEIGHTS, build_backbone
-from edge_anomaly.padim import CovarianceKind, Padim, PadimConfig, ReductionKind, fit_gaussian
+from edge_anomaly.padim import CovarianceKind, Padim, PadimConfig, ReductionKind, refit
 from edge_anomaly_export.graph import onnx_from_detector
 
 HEIGHT, WIDTH = 50, 64  # 50 is no multiple of the strides, and height and width must not be mixed up
@@ -37,7 +37,8 @@ def trace() -> Trace:
         pixels = np.random.default_rng(0).integers(0, 256, (12, HEIGHT, WIDTH, 3), dtype=np.uint8)
         with torch.inference_mode():
             embeddings = model.head.embed(model.backbone(torch.from_numpy(pixels))).numpy()
-        model.set_gaussian(fit_gaussian([embeddings], config))
+        fitted = {name: torch.from_numpy(value) for name, value in refit(config, [embeddings]).items()}
+        model.head.load_state_dict(fitted, strict=False)
         return model, onnx_from_detector(model, HEIGHT, WIDTH)
 
     return traced

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_anomaly_runtime.atomic import check_free, disk_errors, new_folder, replace_file
+from edge_anomaly_runtime.atomic import check_free, disk_errors, make_folder, new_folder, replace_file
 from edge_anomaly_runtime.errors import OutputError, UsageError
 
 
@@ -441,3 +441,12 @@ def test_replace_file_onto_a_folder_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"x\.png"):
         replace_file(tmp_path / "x.png", b"data")
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_make_folder_creates_parents_and_says_what_is_in_the_way(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a/b")
+    make_folder(tmp_path / "a/b")
+    assert (tmp_path / "a/b").is_dir()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UsageError, match="file"):
+        make_folder(tmp_path / "file/below")

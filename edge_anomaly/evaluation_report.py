@@ -1,0 +1,131 @@
+"""`evaluate --report`: gathers what is known of a run or a bundle for its page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from edge_anomaly_runtime.errors import UsageError
+from edge_anomaly_runtime.progress import say
+
+from .architecture import architecture_summary
+from .classifier import classification_figures, open_class_data, predict
+from .data import Item
+from .evaluate import Judge
+from .prediction import Predictions, batched, read_pixels
+from .run_report import classifier_report, detector_report
+from .runs import RECORD, load_model, load_run
+from .train_classifier import load_classifier
+from .training import METRICS
+
+
+def report_detector(
+    path: Path,
+    folder: Path,
+    judge: Judge,
+    items: Sequence[Item],
+    predictions: Predictions,
+    figures: dict[str, Any],
+) -> Path:
+    """Write the page about a run or a bundle into `folder` and return it; only a run knows its architecture."""
+    facts: dict[str, object] = {"scored by": judge.name, "images": len(items)}
+    rows, records, features = [], [], None
+    if (path / RECORD).exists():
+        run = load_run(path)
+        model = load_model(run)
+        facts |= {"model": run.kind, **vars(run.config), "weights": run.weights, "trained in": f"{run.seconds:g} s"}
+        rows = architecture_summary(model, run.preprocess.height, run.preprocess.width)
+        records = training_records(path)
+        _, pixels = read_pixels([item.path for item in items], run.preprocess, strict=False, what="features")
+        features = image_features(model, pixels)
+    page = detector_report(
+        folder,
+        title=path.name,
+        facts=facts,
+        summary_rows=rows,
+        figures=figures,
+        items=items,
+        predictions=predictions,
+        thresholds=judge.thresholds,
+        preprocess=judge.spec,
+        records=records,
+        features=features,
+    )
+    say(f"report: {page}")
+    return page
+
+
+def evaluate_classifier(path: Path, data: str | None, *, report: Path | None, strict: bool) -> dict[str, Any]:
+    """Judge the labelled test pictures of `data` (default: the run's own) and return the figures, ready for JSON.
+
+    Raises:
+        UsageError: the data has no test set, or other classes than the model.
+    """
+    run, model = load_classifier(path)
+    source = data or run.source
+    images = open_class_data(
+        source, run.preprocess, validation_share=run.validation, seed=run.config.seed, strict=strict
+    )
+    if images.test is None:
+        raise UsageError(f"{source} has no test pictures.", "Give a folder with train/CLASS and test/CLASS.")
+    if images.classes != run.config.classes:
+        raise UsageError(
+            f"{source} has the classes {', '.join(images.classes)}; the model has {', '.join(run.config.classes)}.",
+            "Give pictures of the model's classes.",
+        )
+    logits, features = predict(model, images.test)
+    labels = images.test.labels.numpy()
+    figures = classification_figures(logits.numpy(), labels, images.classes)
+    if report is not None:
+        facts = {"model": f"ResNet-{run.config.depth}", **run.data, "trained in": f"{run.seconds:g} s"}
+        page = classifier_report(
+            report,
+            title=path.name,
+            facts=facts,
+            summary_rows=architecture_summary(model, run.config.image_size, run.config.image_size),
+            figures=figures,
+            images=images.test.pixels.numpy(),
+            labels=labels,
+            logits=logits.numpy().astype(np.float64),
+            records=training_records(path),
+            features=features.numpy().astype(np.float64),
+        )
+        say(f"report: {page}")
+    return figures
+
+
+def training_records(path: Path) -> list[dict[str, float]]:
+    """Return the epochs of all phases of a run's training in order, counted through; empty where there were none."""
+    files = sorted(path.rglob(METRICS), key=lambda file: file.stat().st_mtime)
+    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [{**record, "epoch": index} for index, record in enumerate(records, start=1)]
+
+
+def image_features(model: nn.Module, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """Return one vector per image, float64 [n, d]: the backbone's outputs averaged over all places."""
+    backbone = model.get_submodule("backbone")
+    rows = []
+    for batch in batched(pixels):
+        with torch.inference_mode():
+            rows.append(torch.cat([_over_places(t) for t in _tensors(backbone(torch.from_numpy(batch)))], dim=1))
+    return np.asarray(torch.cat(rows).numpy(), dtype=np.float64)
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+        return
+    for part in output:
+        yield from _tensors(part)
+
+
+def _over_places(tensor: torch.Tensor) -> torch.Tensor:
+    """Return [N, C] from [N, C, h, w], or from tokens [N, places, C]."""
+    return tensor.mean(dim=(2, 3)) if tensor.dim() == 4 else tensor.mean(dim=1) if tensor.dim() == 3 else tensor
