@@ -20,7 +20,7 @@ def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subproc
         text=True,
         cwd=cwd,
         env={**os.environ, **environment},
-        timeout=300,
+        timeout=900,  # the demo takes two minutes, more on a busy machine
     )
 
 

@@ -344,7 +344,7 @@ def test_missing_tensorboard_is_named_before_the_training(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingRequirementError, match="--tensorboard needs the package tensorboard") as caught:
         fitted(FitSession(tmp_path, tensorboard=True))
-    assert "edge-anomaly[train]" in caught.value.hint
+    assert "edge-anomaly[tensorboard]" in caught.value.hint
     assert not (tmp_path / CHECKPOINT).exists()
 
 
