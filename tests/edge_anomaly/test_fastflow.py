@@ -37,9 +37,9 @@ Floats = npt.NDArray[np.float32]
 
 
 def config(**changes: Any) -> FastflowConfig:
-    """Small, and quick to show what fine-tuning does: its rate is ten times the default."""
+    """Small, and quick to show what fine-tuning does: its rates are above the defaults."""
     small = {"backbone": "efficientnet_lite0", "steps": 2, "top_k": 3, "epochs": 2}
-    return FastflowConfig(**{**small, "finetune_epochs": 3, "backbone_rate": 0.1, **changes})
+    return FastflowConfig(**{**small, "finetune_epochs": 3, "finetune_rate": 1.0, "backbone_rate": 0.1, **changes})
 
 
 def lively_flow(channels: int = 8, steps: int = 4, **changes: Any) -> Flow:
@@ -195,8 +195,8 @@ def test_one_step_multiplies_a_channel_by_exp_clamp_at_most() -> None:
 # The head
 
 
-def test_map_is_the_mean_over_scales_of_half_the_mean_square_of_z() -> None:
-    settings = config()
+def test_map_without_blur_is_the_mean_over_scales_of_half_the_mean_square_of_z() -> None:
+    settings = config(smoothing=0.0)
     head = lively_head(settings, (4, 6)).double()
     features = [feature.double() for feature in feature_maps(settings, 2, 32, 48)]
 
