@@ -405,8 +405,12 @@ def _kill_writers(final: Path, how: str, kills: int) -> dict[str, int]:
 
 
 def test_a_killed_writer_never_leaves_a_torn_folder(tmp_path: Path) -> None:
-    report = _kill_writers(tmp_path / "final", "atomic", 50)
-    assert report["torn"] == 0
+    # How far a writer gets before its kill depends on the machine's load: more rounds until both kinds were seen.
+    for _ in range(6):
+        report = _kill_writers(tmp_path / "final", "atomic", 50)
+        assert report["torn"] == 0
+        if report["leftovers"] and report["writer"]:
+            break
     # Without these two the test would prove nothing: kills landed inside a write, and writes did get through.
     assert report["leftovers"] > 0
     assert report["writer"] > 0
