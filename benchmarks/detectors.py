@@ -45,7 +45,7 @@ CONFIGS: dict[str, Any] = {
 
 def measure(model: str, data: str, seed: int, scratch: Path) -> dict[str, Any]:
     """Train once and return the figures of the labelled images with the training time."""
-    run = scratch / f"{model}-{seed}"
+    run = scratch / f"{model}-{Path(data).name}-{seed}"
     config = replace(CONFIGS[model], seed=seed)
     trained = train_detector(data, run, config=config, preprocess=Preprocess(224, 224))
     with open_judge(run) as judge:
@@ -76,8 +76,14 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=list(CONFIGS))
     parser.add_argument("--data", action="append", help="elpv-mono, elpv-poly, sample or a folder")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="append one object per run to this file")
+    parser.add_argument(
+        "--json", type=Path, help="append one object per run to this file; what it holds is not run again"
+    )
     arguments = parser.parse_args()
+    done: dict[tuple[str, str, int], dict[str, Any]] = {}
+    if arguments.json and arguments.json.exists():
+        rows = [json.loads(text) for text in arguments.json.read_text().splitlines()]
+        done = {(row["model"], row["data"], row["seed"]): row for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         for data in arguments.data or ["elpv-mono", "elpv-poly", "sample"]:
@@ -85,11 +91,14 @@ def main() -> None:
                 draw_sample_data(scratch / "sample")
                 data = str(scratch / "sample")
             for model in arguments.model or CONFIGS:
-                rows = [measure(model, data, seed, scratch) for seed in range(arguments.seeds)]
+                rows = []
+                for seed in range(arguments.seeds):
+                    row = done.get((model, Path(data).name, seed)) or measure(model, data, seed, scratch)
+                    rows.append(row)
+                    if arguments.json and (model, row["data"], seed) not in done:
+                        with arguments.json.open("a") as file:
+                            file.write(json.dumps(row) + "\n")
                 print(line(rows), flush=True)
-                if arguments.json:
-                    with arguments.json.open("a") as file:
-                        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

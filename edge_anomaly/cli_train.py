@@ -119,7 +119,10 @@ def patchcore(
     share: Annotated[float | None, typer.Option(help="Share of normal patches in the bank. Default: 0.01.")] = None,
     bank: Annotated[int | None, typer.Option(help="Vectors in the bank, in place of the share.")] = None,
     memory_budget: Annotated[float | None, typer.Option(help="The most megabytes that the bank may take.")] = None,
+    max_bank: Annotated[int | None, typer.Option(help="The most vectors of a share. Default: 10000.")] = None,
     pca: Annotated[int | None, typer.Option(help="Principal components to take distances in. Default: all.")] = None,
+    score_top: Annotated[int | None, typer.Option(help="Largest map values in the score. Default: 1.")] = None,
+    smoothing: Annotated[float | None, typer.Option(help="Blur of the map in cells of its grid. Default: 0.5.")] = None,
     holdout: HoldoutOption = 0.2,
     alpha_fail: AlphaFail = 0.01,
     alpha_warn: AlphaWarn = 0.05,
@@ -144,7 +147,9 @@ def patchcore(
         memory_budget=memory_budget,
         pca=pca,
         seed=seed,
-        **_given(share=share, layers=_parse_layers(layers)),
+        **_given(
+            share=share, max_bank=max_bank, smoothing=smoothing, score_top=score_top, layers=_parse_layers(layers)
+        ),
     )
     options = TrainOptions(holdout, alpha_warn, alpha_fail, strict, force, device=device)
     _train(data, out, config, size, resize, roi, weights, options, as_json)
@@ -352,6 +357,10 @@ def classifier(
     epochs: EpochsOption = None,
     batch_size: Annotated[int, typer.Option(help="Images of one step.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Step size at the start.")] = 0.1,
+    weight_decay: Annotated[float | None, typer.Option(help="In place of the recipe's.")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="In place of the recipe's; 0 for none.")] = None,
+    cutout: Annotated[int | None, typer.Option(help="Side of the blanked square in pixels; 0 for none.")] = None,
+    padding: Annotated[int | None, typer.Option(help="Pixels that random crops shift by. Default: size / 8.")] = None,
     validation: Annotated[float, typer.Option(help="Share of every class that chooses the best epoch.")] = 0.1,
     features: Annotated[bool, typer.Option("--features", help="The model also returns the pooled features.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")] = False,
@@ -391,6 +400,10 @@ def classifier(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
+        cutout=cutout,
+        padding=padding,
         features=features,
         compile=compiled,
         seed=seed,

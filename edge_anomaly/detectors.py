@@ -19,6 +19,7 @@ class Detector:
 
     refit: fits the head on embeddings, None where the head has nothing to fit.
     by_epochs: trained by gradient, hence resumable.
+    best: the metric that chooses the epoch to keep; None keeps the last, or there are no epochs.
     """
 
     config: type[Any]
@@ -27,6 +28,7 @@ class Detector:
     fit: Callable[..., None]
     refit: Callable[..., dict[str, Any]] | None
     by_epochs: bool
+    best: str | None = None
 
 
 DETECTORS: dict[str, Detector] = {
@@ -36,7 +38,7 @@ DETECTORS: dict[str, Detector] = {
     ),
     "vit-knn": Detector(vit_knn.VitKnnConfig, vit_knn.build, vit_knn.announce, vit_knn.fit, vit_knn.refit, False),
     "fastflow": Detector(
-        fastflow.FastflowConfig, fastflow.build, fastflow.announce, fastflow.fit, fastflow.refit, True
+        fastflow.FastflowConfig, fastflow.build, fastflow.announce, fastflow.fit, fastflow.refit, True, fastflow.BEST
     ),
     "stpm": Detector(stpm.StpmConfig, stpm.build, stpm.announce, stpm.fit, None, True),
     "autoencoder": Detector(

@@ -18,6 +18,7 @@ from edge_anomaly_runtime.progress import say
 from .architecture import architecture_summary
 from .classifier import classification_figures, open_class_data, predict
 from .data import Item
+from .detectors import DETECTORS
 from .evaluate import Judge
 from .prediction import Predictions, batched, read_pixels
 from .run_report import classifier_report, detector_report
@@ -36,7 +37,7 @@ def report_detector(
 ) -> Path:
     """Write the page about a run or a bundle into `folder` and return it; only a run knows its architecture."""
     facts: dict[str, object] = {"scored by": judge.name, "images": len(items)}
-    rows, records, features = [], [], None
+    rows, records, features, best = [], [], None, None
     if (path / RECORD).exists():
         run = load_run(path)
         model = load_model(run)
@@ -44,7 +45,8 @@ def report_detector(
         rows = architecture_summary(model, run.preprocess.height, run.preprocess.width)
         records = training_records(path)
         _, pixels = read_pixels([item.path for item in items], run.preprocess, strict=False, what="features")
-        features = image_features(model, pixels)
+        features = image_features(model, pixels, predictions.maps)
+        best = DETECTORS[run.kind].best
     page = detector_report(
         folder,
         title=path.name,
@@ -56,6 +58,7 @@ def report_detector(
         thresholds=judge.thresholds,
         preprocess=judge.spec,
         records=records,
+        best=best,
         features=features,
     )
     say(f"report: {page}")
@@ -108,13 +111,23 @@ def training_records(path: Path) -> list[dict[str, float]]:
     return [{**record, "epoch": index} for index, record in enumerate(records, start=1)]
 
 
-def image_features(model: nn.Module, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Return one vector per image, float64 [n, d]: the backbone's outputs averaged over all places."""
+def image_features(
+    model: nn.Module, pixels: npt.NDArray[np.uint8], maps: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float64]:
+    """Return one vector per image, float64 [n, d]: the backbone's outputs where the anomaly map is highest.
+
+    Not their mean over all places: a defect fills a few of hundreds, and the mean hides what kind it is.
+    `maps`: anomaly maps [n, h, w] of these images.
+    """
     backbone = model.get_submodule("backbone")
-    rows = []
+    places = maps.reshape(len(maps), -1).argmax(axis=1)
+    rows, start = [], 0
     for batch in batched(pixels):
         with torch.inference_mode():
-            rows.append(torch.cat([_over_places(t) for t in _tensors(backbone(torch.from_numpy(batch)))], dim=1))
+            tensors = list(_tensors(backbone(torch.from_numpy(batch))))
+        hottest = torch.from_numpy(places[start : start + len(batch)])
+        rows.append(torch.cat([_at(tensor, hottest, maps.shape[1:]) for tensor in tensors], dim=1))
+        start += len(batch)
     return np.asarray(torch.cat(rows).numpy(), dtype=np.float64)
 
 
@@ -126,6 +139,12 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(part)
 
 
-def _over_places(tensor: torch.Tensor) -> torch.Tensor:
-    """Return [N, C] from [N, C, h, w], or from tokens [N, places, C]."""
-    return tensor.mean(dim=(2, 3)) if tensor.dim() == 4 else tensor.mean(dim=1) if tensor.dim() == 3 else tensor
+def _at(tensor: torch.Tensor, places: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+    """Return [N, C] of features [N, C, h, w], or of tokens [N, h w, C], at flat indices [N] into the map's grid."""
+    images = torch.arange(len(tensor))
+    if tensor.dim() == 3:
+        return tensor[images, places]
+    height, width = tensor.shape[-2:]
+    rows = (places // grid[1] * 2 + 1) * height // (2 * grid[0])
+    columns = (places % grid[1] * 2 + 1) * width // (2 * grid[1])
+    return tensor[images, :, rows, columns]

@@ -52,6 +52,9 @@ STD_RATIO_LIMITS = (0.8, 1.25)
 LEAST_RANK_RATIO = 0.8
 LARGEST_AUROC_LOSS = 0.05
 
+# What chooses the epoch to keep.
+BEST = "held_out_likelihood"
+
 MIN_IMAGES = 10
 ADVISED_IMAGES = 50
 
@@ -67,8 +70,6 @@ _LEAST_DEVIATION = 0.01
 _CLIP_NORM = 1.0
 # Contrast of the synthetic anomalies that watch over the training: with full contrast alone, the AUROC is 1 throughout.
 _STRENGTHS = (1.0, 0.3, 0.1)
-# What chooses the epoch to keep.
-_BEST = "held_out_likelihood"
 _MOST_WATCHED = 32
 _BATCH = 16
 _BYTES = 4
@@ -579,7 +580,7 @@ def _finetune(model: Fastflow, images: ImageSet, fitted: list[int], watch: _Watc
     _fit_phase(model, "finetune", losses, dataset, optimizer, judge, config.finetune_epochs, session)
     model.backbone.requires_grad_(False)
     end = _judgement(head, _features(model, watch.normal), _features(model, watch.anomalous), watch.held)
-    if end[_BEST] < start[_BEST]:
+    if end[BEST] < start[BEST]:
         say("fine-tuning the backbone has gained nothing; the model is kept as it was before")
         model.load_state_dict(before)
 
@@ -630,7 +631,7 @@ def _fit_phase(
         seed=model.config.seed,
         clip_norm=_CLIP_NORM,
         monitor=lambda *_: judge(),
-        best=_BEST,
+        best=BEST,
     )
 
 
@@ -647,7 +648,7 @@ def _judgement(head: FastflowHead, normal: Features, anomalous: Features, held: 
             scores.append(head.judge([feature.to(device) for feature in batch])[0])
     values = torch.cat(scores).cpu().numpy()
     return {
-        _BEST: float(torch.cat(likelihoods)[:held].mean()),
+        BEST: float(torch.cat(likelihoods)[:held].mean()),
         "synthetic_auroc": auroc(values, np.arange(len(values)) >= len(normal[0])),
     }
 

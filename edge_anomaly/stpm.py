@@ -29,7 +29,7 @@ from .training import FitSession, fit_epochs
 CombineKind = Literal["product", "sum"]
 
 # The paper's three layers. On solar cells, the fine grain that layer1 of EfficientNet-Lite0 sees is noise: without it
-# the polycrystalline ones gain, the others do not lose (docs/results.md).
+# the polycrystalline ones gain 0.045 in AUROC, the others lose 0.003 (one seed each).
 DEFAULT_LAYERS = {
     "resnet18": ("layer1", "layer2", "layer3"),
     "resnet34": ("layer1", "layer2", "layer3"),

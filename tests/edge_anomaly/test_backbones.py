@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import hashlib
+import io
+import threading
 import urllib.error
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 
 from edge_anomaly.backbones import BACKBONES, build_backbone
 from edge_anomaly_runtime.errors import MissingRequirementError, UsageError
@@ -126,6 +133,66 @@ def test_unreachable_hub_names_both_ways_out(monkeypatch: pytest.MonkeyPatch, tm
     assert "--weights PATH" in caught.value.hint
     assert "efficientnet_lite0" in caught.value.hint
     assert caught.value.exit_code == 3
+
+
+@pytest.fixture
+def weights_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A server on this machine with seeded weights of a ResNet-18, under a name that holds the start of their hash."""
+    torch.manual_seed(3)
+    network = torchvision.models.resnet18()
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    data = buffer.getvalue()
+    server = SimpleNamespace(fault="", network=network, requests=0)
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            server.requests += 1
+            if server.fault == "missing":
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if server.fault == "hash":
+                self.wfile.write(data[:-1] + bytes([data[-1] ^ 1]))
+            else:
+                self.wfile.write(data[: len(data) // 2] if server.fault == "cut" else data)
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{http.server_port}/resnet18-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value, "url", url)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    yield server
+    http.shutdown()
+    http.server_close()
+
+
+def test_default_weights_are_downloaded_once(
+    weights_server: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        backbone = build_backbone("resnet18")
+        assert torch.equal(backbone.stem[0].weight, weights_server.network.conv1.weight)  # type: ignore[index]
+    assert weights_server.requests == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("missing", "404"), ("hash", "hash"), ("cut", "hash")])
+def test_failed_download_names_its_cause_and_leaves_nothing(
+    weights_server: SimpleNamespace, tmp_path: Path, fault: str, reason: str
+) -> None:
+    weights_server.fault = fault
+    with pytest.raises(MissingRequirementError, match=f"(?s)IMAGENET1K_V1 weights of resnet18.*{reason}") as caught:
+        build_backbone("resnet18")
+    assert "--weights PATH" in caught.value.hint
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    weights_server.fault = ""
+    build_backbone("resnet18")
 
 
 def test_unknown_backbone_and_layer_suggest_the_nearest() -> None:

@@ -14,7 +14,7 @@ import torch
 from edge_anomaly.autoencoder import AutoencoderConfig
 from edge_anomaly.detectors import DETECTORS, config_from_record, kind_of
 from edge_anomaly.evaluate import evaluate_items, open_judge
-from edge_anomaly.evaluation_report import report_detector, training_records
+from edge_anomaly.evaluation_report import image_features, report_detector, training_records
 from edge_anomaly.fastflow import FastflowConfig
 from edge_anomaly.padim import PadimConfig
 from edge_anomaly.patchcore import PatchcoreConfig
@@ -170,10 +170,30 @@ def test_resume_without_an_interrupted_training_is_refused(sample_folder: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_features_of_a_report_are_one_vector_per_image(runs: dict[str, Path]) -> None:
-    from edge_anomaly.evaluation_report import image_features
-
+def test_features_of_a_report_are_those_at_the_hottest_place(runs: dict[str, Path]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     for name in ("padim", "stpm", "autoencoder-b"):
-        features = image_features(load_model(load_run(runs[name])), pixels)
+        model = load_model(load_run(runs[name]))
+        maps = predict(torch_scores(model), pixels, what="", total=3).maps
+        features = image_features(model, pixels, maps)
         assert features.shape[0] == 3 and np.isfinite(features).all()
+    model = load_model(load_run(runs["padim"]))
+    fine, coarse = model.get_submodule("backbone")(torch.from_numpy(pixels[:1]))
+    assert fine.shape[-1] == 2 * coarse.shape[-1] == 8
+    chosen = np.zeros((1, 8, 8), dtype=np.float32)
+    chosen[0, 3, 6] = 1
+    expected = torch.cat([fine[0, :, 3, 6], coarse[0, :, 1, 3]])
+    np.testing.assert_allclose(image_features(model, pixels[:1], chosen)[0], expected.numpy(), rtol=1e-6)
+
+
+def test_features_of_tokens_are_those_at_the_hottest_place() -> None:
+    class Tokens(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.arange(len(image) * 6 * 2).reshape(len(image), 6, 2).float()]
+
+    model = torch.nn.Module()
+    model.backbone = Tokens()
+    maps = np.zeros((2, 2, 3), dtype=np.float32)
+    maps[0, 1, 0] = maps[1, 0, 2] = 1
+    features = image_features(model, np.zeros((2, 8, 8, 3), dtype=np.uint8), maps)
+    assert features.tolist() == [[6, 7], [16, 17]]
