@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from edge_anomaly_calibration.thresholds import check_rates, fit_thresholds
 from edge_anomaly_runtime.atomic import check_free, make_folder, new_folder
 from edge_anomaly_runtime.bundle import Thresholds
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.errors import UsageError
 from edge_anomaly_runtime.preprocess import Preprocess
 from edge_anomaly_runtime.progress import say
+from edge_anomaly_runtime.thresholds import check_rates, fit_thresholds
 
 from .backbones import DEFAULT_WEIGHTS, RANDOM_WEIGHTS
 from .data import open_dataset, split_holdout

@@ -36,7 +36,6 @@ from edge_anomaly_calibration.quantize import (
 )
 from edge_anomaly_calibration.rounding import round_weights
 from edge_anomaly_calibration.selection import CalibrationImages, choose_calibration_images
-from edge_anomaly_calibration.thresholds import check_rates, fit_thresholds
 from edge_anomaly_runtime.atomic import new_folder
 from edge_anomaly_runtime.bundle import (
     MANIFEST,
@@ -58,6 +57,7 @@ from edge_anomaly_runtime.errors import GateError, UsageError, did_you_mean, mis
 from edge_anomaly_runtime.images import file_sha256, read_images
 from edge_anomaly_runtime.progress import say, track
 from edge_anomaly_runtime.session import ENGINES, PRECISIONS, is_installed, open_engine
+from edge_anomaly_runtime.thresholds import check_rates, fit_thresholds
 
 from .golden import golden_from_images
 from .graph import EMBEDDING, OPSET, only_output, onnx_from_detector, with_head_arrays, without_output

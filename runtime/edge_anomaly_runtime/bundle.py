@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 GOLDEN_MAPS = "golden/maps.npz"
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "fp16", "int8"]
 
 _MAX_MANIFEST_BYTES = 256 * 1024
 _COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

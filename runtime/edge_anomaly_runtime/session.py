@@ -15,7 +15,7 @@ from .errors import MissingRequirementError, UsageError, did_you_mean, missing_e
 
 # Engine name to (import name, extra), in the order in which `auto` prefers them.
 ENGINES = {"openvino": ("openvino", "openvino"), "onnxruntime": ("onnxruntime", "onnxruntime")}
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True)

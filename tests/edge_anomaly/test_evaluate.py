@@ -9,10 +9,10 @@ from PIL import Image
 from edge_anomaly.data import GOOD, UNSURE, Item, open_dataset
 from edge_anomaly.evaluate import evaluate_items, evaluate_predictions, false_alarms, open_judge
 from edge_anomaly.prediction import Predictions
-from edge_anomaly_calibration.thresholds import fit_thresholds
 from edge_anomaly_runtime.bundle import Threshold
 from edge_anomaly_runtime.errors import UsageError
 from edge_anomaly_runtime.preprocess import Preprocess
+from edge_anomaly_runtime.thresholds import fit_thresholds
 
 SPEC = Preprocess(32, 32)
 THRESHOLDS = fit_thresholds(np.arange(1.0, 101), np.arange(1.0, 101), alpha_warn=0.1, alpha_fail=0.05)  # 91, 96

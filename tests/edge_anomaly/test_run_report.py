@@ -22,8 +22,8 @@ from edge_anomaly.data import Item
 from edge_anomaly.evaluate import evaluate_predictions
 from edge_anomaly.prediction import Predictions
 from edge_anomaly.run_report import classifier_report, detector_report
-from edge_anomaly_calibration.thresholds import fit_thresholds
 from edge_anomaly_runtime.preprocess import Preprocess
+from edge_anomaly_runtime.thresholds import fit_thresholds
 
 VOID = {"meta", "img", "br"}
 EVIL = '<b onload="x">&'

@@ -30,7 +30,6 @@ from edge_anomaly_calibration.guard import GuardLimits
 from edge_anomaly_calibration.quantize import quantized_share
 from edge_anomaly_calibration.rounding import round_weights
 from edge_anomaly_calibration.selection import choose_calibration_images
-from edge_anomaly_calibration.thresholds import fit_thresholds
 from edge_anomaly_export import exporting
 from edge_anomaly_export.exporting import ExportOptions, export_run
 from edge_anomaly_export.graph import onnx_from_detector, with_head_arrays
@@ -39,6 +38,7 @@ from edge_anomaly_runtime.bundle import Bundle, Manifest, file_entry, manifest_b
 from edge_anomaly_runtime.engine_openvino import open_openvino
 from edge_anomaly_runtime.errors import ArtefactError, GateError, MissingRequirementError, UsageError
 from edge_anomaly_runtime.session import open_engine, open_session
+from edge_anomaly_runtime.thresholds import fit_thresholds
 
 Pixels = npt.NDArray[np.uint8]
 KEYS = ["openvino/fp32", "openvino/int8", "onnxruntime/fp32", "onnxruntime/int8"]

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from edge_anomaly_runtime.bundle import Threshold, Thresholds
-from edge_anomaly_runtime.errors import UsageError
+from .bundle import Threshold, Thresholds
+from .errors import UsageError
 
 Scores = npt.NDArray[np.float64]
 

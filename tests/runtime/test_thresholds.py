@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from edge_anomaly_calibration.thresholds import beta_quantile, fit_threshold, fit_thresholds
 from edge_anomaly_runtime.errors import UsageError
+from edge_anomaly_runtime.thresholds import beta_quantile, fit_threshold, fit_thresholds
 
 
 def one_to(n: int) -> npt.NDArray[np.float64]:
