@@ -27,7 +27,7 @@ from edge_anomaly.padim import PadimConfig
 from edge_anomaly.patchcore import PatchcoreConfig
 from edge_anomaly.sample_data import draw_sample_data
 from edge_anomaly.stpm import StpmConfig
-from edge_anomaly.train import train_detector
+from edge_anomaly.train import TrainOptions, train_detector
 from edge_anomaly_runtime.preprocess import Preprocess
 
 BACKBONE = "efficientnet_lite0"
@@ -47,7 +47,8 @@ def measure(model: str, data: str, seed: int, scratch: Path) -> dict[str, Any]:
     """Train once and return the figures of the labelled images with the training time."""
     run = scratch / f"{model}-{Path(data).name}-{seed}"
     config = replace(CONFIGS[model], seed=seed)
-    trained = train_detector(data, run, config=config, preprocess=Preprocess(224, 224))
+    options = TrainOptions(force=True)
+    trained = train_detector(data, run, config=config, preprocess=Preprocess(224, 224), options=options)
     with open_judge(run) as judge:
         figures, _, _ = evaluate_items(judge, open_dataset(data, seed=seed).test)
     return {"model": model, "data": Path(data).name, "seed": seed, "train_seconds": trained.seconds, **figures}
@@ -79,16 +80,17 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="append one object per run to this file; what it holds is not run again"
     )
+    parser.add_argument("--keep", type=Path, help="keep the run folders here, for benchmarks/export_matrix.py")
     arguments = parser.parse_args()
     done: dict[tuple[str, str, int], dict[str, Any]] = {}
     if arguments.json and arguments.json.exists():
         rows = [json.loads(text) for text in arguments.json.read_text().splitlines()]
         done = {(row["model"], row["data"], row["seed"]): row for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
+        scratch = arguments.keep or Path(folder)
         for data in arguments.data or ["elpv-mono", "elpv-poly", "sample"]:
             if data == "sample":
-                draw_sample_data(scratch / "sample")
+                draw_sample_data(scratch / "sample", force=True)
                 data = str(scratch / "sample")
             for model in arguments.model or CONFIGS:
                 rows = []

@@ -20,7 +20,8 @@ from edge_anomaly.data import GOOD, UNSURE, open_dataset
 from edge_anomaly.evaluate import evaluate_items, open_judge
 from edge_anomaly.padim import PadimConfig
 from edge_anomaly.train import train_detector
-from edge_anomaly_export.exporting import ExportOptions, export_run
+from edge_anomaly_export.exporting import export_run
+from edge_anomaly_export.options import ExportOptions
 from edge_anomaly_runtime.preprocess import Preprocess
 
 KEYS = ("openvino/fp32", "openvino/int8", "onnxruntime/int8")

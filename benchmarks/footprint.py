@@ -38,7 +38,8 @@ def make_bundle(scratch: Path) -> Path:
     from edge_anomaly.padim import PadimConfig
     from edge_anomaly.sample_data import draw_sample_data
     from edge_anomaly.train import train_detector
-    from edge_anomaly_export.exporting import ExportOptions, export_run
+    from edge_anomaly_export.exporting import export_run
+    from edge_anomaly_export.options import ExportOptions
     from edge_anomaly_runtime.preprocess import Preprocess
 
     draw_sample_data(scratch / "data", train=60, test_good=10, per_defect=2)

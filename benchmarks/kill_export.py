@@ -22,7 +22,8 @@ import numpy as np
 from edge_anomaly.padim import PadimConfig
 from edge_anomaly.sample_data import draw_sample_data
 from edge_anomaly.train import train_detector
-from edge_anomaly_export.exporting import ExportOptions, export_run
+from edge_anomaly_export.exporting import export_run
+from edge_anomaly_export.options import ExportOptions
 from edge_anomaly_runtime.bundle import read_bundle
 from edge_anomaly_runtime.errors import EdgeAnomalyError
 from edge_anomaly_runtime.preprocess import Preprocess

@@ -23,14 +23,21 @@ def export(
         Path | None, typer.Argument(metavar="[RUN]", help="Default: the newest run in ./runs.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The bundle folder to write, NAME.eab.")] = Path("part.eab"),
-    target: Annotated[list[str], typer.Option(help="onnx or openvino; repeatable.")] = ["openvino"],  # noqa: B006
-    precision: Annotated[str, typer.Option(help="fp32 or int8.")] = "int8",
-    calibration_images: Annotated[int, typer.Option(help="Normal images to measure INT8 ranges on.")] = 128,
+    target: Annotated[list[str], typer.Option(help="onnx, openvino or tensorrt; repeatable.")] = ["openvino"],  # noqa: B006
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "int8",
+    calibration_images: Annotated[int, typer.Option(help="Images to measure INT8 ranges on.")] = 128,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A folder of normal images, or another run, to measure INT8 ranges on.")
+    ] = None,
     alpha_fail: AlphaFail = 0.01,
     alpha_warn: AlphaWarn = 0.05,
     max_auroc_drop: Annotated[float, typer.Option(help="What INT8 may cost in image AUROC.")] = 0.005,
-    max_flips: Annotated[float, typer.Option(help="Share of verdicts that INT8 may change.")] = 0.02,
+    max_flips: Annotated[float, typer.Option(help="Share of verdicts or classes that INT8 may change.")] = 0.02,
+    max_accuracy_drop: Annotated[float, typer.Option(help="What INT8 may cost a classifier in accuracy.")] = 0.003,
     allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Write the bundle although a gate failed.")] = False,
+    trt_version: Annotated[str, typer.Option(help="Oldest TensorRT that must take the files: 8.5 to 11.0.")] = "10.0",
+    opset: Annotated[int | None, typer.Option(help="17 or 18. Default: the newest that all targets take.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and end.")] = False,
     seed: SeedOption = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -38,26 +45,38 @@ def export(
     """Quantise a run, check it against the trained model and write a bundle.
 
     Example: edge-anomaly export runs/parts --target openvino --precision int8 --out part.eab
+    Example: edge-anomaly export runs/parts --target tensorrt --target onnx --trt-version 10.3 --out part.eab
     """
     require("export", "torch", "onnx", "onnxscript", "onnxruntime")
     from edge_anomaly_calibration.guard import GuardLimits
-    from edge_anomaly_export.exporting import ExportOptions, export_run
+    from edge_anomaly_export.classifier import classifier_plan, export_classifier
+    from edge_anomaly_export.exporting import export_plan, export_run
+    from edge_anomaly_export.options import ExportOptions
     from edge_anomaly_runtime.bundle import manifest_bytes
 
     from .runs import newest_run
+    from .train_classifier import is_classifier_run
 
     options = ExportOptions(
         targets=tuple(target),
         precision=precision,
         calibration_images=calibration_images,
+        calibration=calibration,
         seed=seed,
         alpha_warn=alpha_warn,
         alpha_fail=alpha_fail,
-        limits=GuardLimits(max_auroc_drop, max_flips),
+        limits=GuardLimits(max_auroc_drop, max_flips, accuracy_drop=max_accuracy_drop),
         allow_drop=allow_drop,
         force=force,
+        trt_version=trt_version,
+        opset=opset,
     )
-    manifest = export_run(run_folder or newest_run(), out, options)
+    source = run_folder or newest_run()
+    is_classifier = is_classifier_run(source)
+    if dry_run:
+        print("\n".join((classifier_plan if is_classifier else export_plan)(source, out, options)))
+        return
+    manifest = (export_classifier if is_classifier else export_run)(source, out, options)
     if as_json:
         print(manifest_bytes(manifest).decode(), end="")
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edge_anomaly_export.exporting import ExportOptions, export_run
+from edge_anomaly_export.exporting import export_run
+from edge_anomaly_export.options import ExportOptions
 from edge_anomaly_runtime.atomic import check_free, disk_errors, replace_file
 from edge_anomaly_runtime.bench import run_bench
 from edge_anomaly_runtime.bundle import Manifest

@@ -36,7 +36,7 @@ def bundle_report(manifest: Manifest, normal_scores: Mapping[str, Scores]) -> st
         ),
         html.tiles(_bundle_tiles(manifest)),
         html.section("Parity with the trained model", _parity(manifest), _PARITY_LEAD),
-        html.section("Alarm limits", _limit_cards(manifest, normal_scores), LIMITS_LEAD),
+        html.section("Alarm limits", _limit_cards(manifest, normal_scores), LIMITS_LEAD) if manifest.thresholds else "",
         html.section("INT8 calibration", _calibration(manifest)),
         html.section("Model", html.facts(_model_facts(manifest))),
         html.section("Training", html.facts(_training_facts(manifest))),
@@ -151,18 +151,22 @@ def _latency_tile(main: str, bench: Figures) -> html.Tile:
 
 
 def _bundle_tiles(manifest: Manifest) -> list[html.Tile]:
-    rows, main = manifest.parity, _main_key(manifest, manifest.thresholds)
-    fail = manifest.thresholds[main].fail
+    rows, main = manifest.parity, _main_key(manifest, manifest.graphs)
     passed = sum(row.ok for row in rows)
     verdict = html.chip("all pass", "ok") if passed == len(rows) else html.chip("not all pass", "ng")
     tiles = [html.Tile("Graphs at parity", f"{passed} of {len(rows)}", verdict)] if rows else []
     if row := _parity_row(manifest, main):
         changed = f"{html.escape(main)} against the trained model"
-        tiles.append(html.Tile("Verdicts changed", f"{row.flips} of {row.images}", changed))
+        what = "Verdicts changed" if manifest.thresholds else "Classes changed"
+        tiles.append(html.Tile(what, f"{row.flips} of {row.images}", changed))
+        if row.accuracy is not None:
+            tiles.append(html.Tile("Accuracy", f"{row.accuracy:.2%}", f"{html.escape(main)}, {row.images} images"))
         if row.auroc is not None:
             tiles.append(html.Tile("Image AUROC", f"{row.auroc:.3f}", f"{html.escape(main)}, {row.images} images"))
-    bound = f"good parts stopped; bound {html.per_many(fail.upper95, like=fail.alpha)}"
-    tiles.append(html.Tile("Promised false alarms", html.per_many(fail.alpha), bound))
+    if manifest.thresholds:
+        fail = manifest.thresholds[main].fail
+        bound = f"good parts stopped; bound {html.per_many(fail.upper95, like=fail.alpha)}"
+        tiles.append(html.Tile("Promised false alarms", html.per_many(fail.alpha), bound))
     if (head := manifest.model.parameters.get("head_bytes")) is not None:
         tiles.append(html.Tile("Head size", html.megabytes(head), "weights of the head, always float"))
     return tiles
@@ -332,7 +336,8 @@ def _parity(manifest: Manifest) -> str:
 
 
 def _parity_row(manifest: Manifest, key: str) -> ParityRow | None:
-    return next((row for row in manifest.parity if row.backend == key.replace("/", " ")), None)
+    name = key.replace("/", " ")
+    return next((row for row in manifest.parity if row.backend in (name, f"{name} simulated")), None)
 
 
 # Limits
@@ -408,7 +413,8 @@ def _calibration(manifest: Manifest) -> str:
     return html.facts(
         {
             "Method": record.method,
-            "Images": f"{record.images} normal images, {record.synthetic} of them with a synthetic anomaly",
+            "Images": f"{record.images} images, {record.synthetic} of them with a synthetic anomaly",
+            "Left float by the guard": [name for names in record.float_tensors.values() for name in names] or None,
             "Seed": record.seed,
             "Images SHA-256": record.images_sha256,
             "Float model SHA-256": record.float_model_sha256,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from edge_anomaly_runtime.atomic import check_free, new_folder
+from edge_anomaly_runtime.bundle import CLASSIFIER
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.errors import ArtefactError
 from edge_anomaly_runtime.preprocess import Preprocess
@@ -31,7 +32,7 @@ from .runs import RECORD, SCHEMA, WEIGHTS, now_utc, package_versions
 from .train import is_first_process, keep_logs, quiet_unless_first_process, working_folder
 from .training import FitSession
 
-KIND = "classifier"
+KIND = CLASSIFIER
 
 
 @dataclass(frozen=True)

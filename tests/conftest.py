@@ -41,7 +41,8 @@ def run_folder(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def bundle_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run as an INT8 bundle with all four graphs: OpenVINO and ONNX Runtime, fp32 and int8."""
     from edge_anomaly_calibration.guard import GuardLimits
-    from edge_anomaly_export.exporting import ExportOptions, export_run
+    from edge_anomaly_export.exporting import export_run
+    from edge_anomaly_export.options import ExportOptions
 
     folder = tmp_path_factory.mktemp("bundles") / "parts.eab"
     # 44 images: one flipped verdict is 2.3 %, so the limit on flips is wider than the default.
@@ -52,3 +53,27 @@ def bundle_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ExportOptions(("onnx", "openvino"), "int8", calibration_images=32, limits=limits, allow_drop=True),
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def detector_runs(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small run of every detector that needs no transformer; see `small_models`."""
+    from tests.small_models import train_small_detectors
+
+    return train_small_detectors(sample_folder, tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.fixture(scope="session")
+def vit_run(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run of the k-NN on a transformer with random weights."""
+    from tests.small_models import train_small_vit
+
+    return train_small_vit(sample_folder, tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="session")
+def classifier_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small classifier of red, green and blue pictures."""
+    from tests.small_models import train_small_classifier
+
+    return train_small_classifier(tmp_path_factory.mktemp("classifier"))

@@ -16,6 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CON
 COMMANDS = ["score", "selftest", "bench", "doctor", "export", "evaluate", "compare", "sample-data", "demo"]
 GROUPS = {
     "bundle": ["info", "verify"],
+    "engine": ["build", "info", "list", "clean"],
     "train": ["padim", "patchcore", "vit-knn", "fastflow", "stpm", "autoencoder", "classifier"],
 }
 

@@ -26,7 +26,7 @@ sys.meta_path.insert(0, Block())
 RUNTIME_MODULES = sorted(
     path.stem
     for path in (ROOT / "runtime/edge_anomaly_runtime").glob("*.py")
-    if path.stem not in ("__main__", "engine_onnxruntime", "engine_openvino")
+    if path.stem not in ("__main__", "engine_onnxruntime", "engine_onnxruntime_tensorrt", "engine_openvino")
 )
 
 

@@ -24,17 +24,18 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from edge_anomaly_runtime.atomic import replace_file
-from edge_anomaly_runtime.errors import EdgeAnomalyError
 from edge_anomaly_runtime.images import file_sha256
 
-HEAD_PREFIX = "head/"
+from .qdq_graph import HEAD_PREFIX, drop_unused_domains, float_main_branches, float_taps, head_nodes
 
 # Global MinMax: percentile and entropy clip by design, which is the wrong direction for anomalies.
 METHOD = "minmax"
 
 # Clip is ReLU6. Activations are listed so that the engine can fold them into the convolution's own requantisation.
-_CPU_OPS = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "GlobalAveragePool", "Relu", "Clip"]
-_REMOVABLE = ("Relu", "Clip")
+_CPU_OPS = ["Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "MaxPool", "GlobalAveragePool", "Relu", "Clip"]
+_TRT_OPS = ["Conv", "ConvTranspose", "Gemm", "MatMul", "Add"]
+# Softmax, norms and GELU of a transformer do not bear 8 bits.
+_MATRIX_OPS = ["Conv", "Gemm", "MatMul"]
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -65,22 +66,24 @@ def measure_ranges(
     ranges.unlink(missing_ok=True)
     key_file.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        _emit(float_model, Path(scratch) / "measured.onnx", ranges, _Reader(images))
+        options = _cpu_options(onnx.load(float_model))  # the longest list of operations: ranges for all emissions
+        _quantize(float_model, Path(scratch) / "measured.onnx", ranges, _Reader(images), options)
     replace_file(key_file, key)
 
 
 def emit_cpu_model(float_model: Path, ranges: Path) -> onnx.ModelProto:
     """Return the file for OpenVINO and ONNX Runtime: unsigned asymmetric activations, signed weights per channel."""
-    with tempfile.TemporaryDirectory() as scratch:
-        target = Path(scratch) / "int8.onnx"
-        _emit(float_model, target, ranges, None)
-        model = onnx.load(target)
-    _float_taps(model, onnx.load(float_model))
-    # The quantiser imports eight domains that no node uses; other parsers refuse them.
-    used = {node.domain for node in model.graph.node}
-    kept = [entry for entry in model.opset_import if entry.domain in used]
-    del model.opset_import[:]
-    model.opset_import.extend(kept)
+    return _emitted(float_model, ranges, _cpu_options(onnx.load(float_model)))
+
+
+def emit_trt_model(float_model: Path, ranges: Path) -> onnx.ModelProto:
+    """Return the file for TensorRT: every zero point 0, no quantised bias, one rounding fewer at each residual Add.
+
+    Weights stay float with Q and DQ behind them, which the parsers of TensorRT 8.5 to 11 all read. On a CPU this file
+    is slower than the float graph, and without VNNI instructions wrong: only a float simulation may judge it there.
+    """
+    model = _emitted(float_model, ranges, _trt_options(onnx.load(float_model)))
+    float_main_branches(model)
     return model
 
 
@@ -89,100 +92,86 @@ def prepare_float_model(float_model: Path, prepared: Path) -> None:
     quant_pre_process(str(float_model), str(prepared), skip_symbolic_shape=True)
 
 
-def head_nodes(model: onnx.ModelProto) -> list[str]:
-    """Return the names of the nodes that stay float."""
-    return [node.name for node in model.graph.node if node.name.startswith(HEAD_PREFIX)]
+def _emitted(float_model: Path, ranges: Path, options: dict[str, Any]) -> onnx.ModelProto:
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "int8.onnx"
+        _quantize(float_model, target, ranges, None, options)
+        model = onnx.load(target)
+    float_taps(model, onnx.load(float_model))
+    drop_unused_domains(model)
+    return model
 
 
-def quantized_share(model: onnx.ModelProto) -> float:
-    """Return the share of the backbone's convolutions and matrix products whose input is dequantised INT8."""
-    dequantised = {output for node in model.graph.node if node.op_type == "DequantizeLinear" for output in node.output}
-    heavy = [
-        node
-        for node in model.graph.node
-        if node.op_type in ("Conv", "Gemm", "MatMul") and not node.name.startswith(HEAD_PREFIX)
-    ]
-    return sum(node.input[0] in dequantised for node in heavy) / max(1, len(heavy))
-
-
-def _float_taps(model: onnx.ModelProto, float_model: onnx.ModelProto) -> None:
-    """Let the head read the backbone's float tensors, as they are before they are quantised for the next layer.
-
-    The quantiser sends every consumer to the dequantised copy. That costs signal, and OpenVINO pads such a copy with
-    quantised zeros in the head's average pooling, which are not zero when the zero point is not.
-    """
-    producer = {output: node for node in model.graph.node for output in node.output}
-    for node in model.graph.node:
-        if node.name.startswith(HEAD_PREFIX):
-            node.input[:] = [_float_source(name, producer) for name in node.input]
-    for output in model.graph.output:
-        if _float_source(output.name, producer) != output.name:
-            raise EdgeAnomalyError(f"Graph output {output.name} comes from the backbone; it must come from the head.")
-    _restore_activations(model, float_model)
-    _remove_dead_nodes(model)
-
-
-def _restore_activations(model: onnx.ModelProto, float_model: onnx.ModelProto) -> None:
-    """Give a tap its activation back: the quantiser removes each ReLU and Clip whose work the next Q node does."""
-    kept = {node.name for node in model.graph.node}
-    removed = {
-        node.output[0]: node for node in float_model.graph.node if node.op_type in _REMOVABLE and node.name not in kept
-    }
-    nodes: list[onnx.NodeProto] = []
-    restored: dict[str, str] = {}
-    constants: set[str] = set()
-    for node in model.graph.node:
-        if node.name.startswith(HEAD_PREFIX):
-            for tap in [name for name in node.input if name in removed and name not in restored]:
-                restored[tap] = f"{tap}:tap"
-                activation = onnx.NodeProto()
-                activation.CopyFrom(removed[tap])
-                activation.input[0], activation.output[0] = tap, restored[tap]
-                constants.update(activation.input[1:])
-                nodes.append(activation)
-            node.input[:] = [restored.get(name, name) for name in node.input]
-        nodes.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    constants -= {value.name for value in model.graph.initializer}
-    model.graph.initializer.extend(value for value in float_model.graph.initializer if value.name in constants)
-
-
-def _float_source(tensor: str, producer: dict[str, onnx.NodeProto]) -> str:
-    """Return the tensor that was quantised and dequantised to `tensor`, or `tensor` itself."""
-    dequantise = producer.get(tensor)
-    if dequantise is None or dequantise.op_type != "DequantizeLinear":
-        return tensor
-    quantise = producer.get(dequantise.input[0])
-    return tensor if quantise is None or quantise.op_type != "QuantizeLinear" else str(quantise.input[0])
-
-
-def _remove_dead_nodes(model: onnx.ModelProto) -> None:
-    needed = {output.name for output in model.graph.output}
-    alive = []
-    for node in reversed(model.graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            alive.append(node)
-    initialisers = [value for value in model.graph.initializer if value.name in needed]
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(reversed(alive))
-    model.graph.initializer.extend(initialisers)
-
-
-def _emit(float_model: Path, target: Path, ranges: Path, reader: _Reader | None) -> None:
-    options: dict[str, Any] = {"CalibTensorRangeSymmetric": False}
+def _quantize(float_model: Path, target: Path, ranges: Path, reader: _Reader | None, options: dict[str, Any]) -> None:
     quantize_static(
         str(float_model),
         str(target),
         reader,
         quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         per_channel=True,
         calibrate_method=CalibrationMethod.MinMax,
-        op_types_to_quantize=_CPU_OPS,
-        nodes_to_exclude=head_nodes(onnx.load(float_model)),
         calibration_cache_path=str(ranges),
-        extra_options=options,
+        **options,
     )
+
+
+def _cpu_options(model: onnx.ModelProto) -> dict[str, Any]:
+    return {
+        "activation_type": QuantType.QUInt8,
+        "op_types_to_quantize": _MATRIX_OPS if _is_transformer(model) else _CPU_OPS,
+        "nodes_to_exclude": head_nodes(model),
+        "extra_options": {"CalibTensorRangeSymmetric": False},
+    }
+
+
+def _trt_options(model: onnx.ModelProto) -> dict[str, Any]:
+    operations = _MATRIX_OPS if _is_transformer(model) else _TRT_OPS
+    constants = {value.name for value in model.graph.initializer}
+    # An Add of a constant is a bias or an embedding, not a residual.
+    biases = [node.name for node in model.graph.node if node.op_type == "Add" and constants.intersection(node.input)]
+    return {
+        "activation_type": QuantType.QInt8,
+        "op_types_to_quantize": operations,
+        "nodes_to_exclude": [*head_nodes(model), *biases, *_small_convolutions(model)],
+        "extra_options": {
+            "CalibTensorRangeSymmetric": False,  # as measured for the CPU file; made symmetric at emission
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "QuantizeBias": False,
+            "AddQDQPairToWeight": True,
+            "DedicatedQDQPair": False,
+            "OpTypesToExcludeOutputQuantization": operations,
+        },
+    }
+
+
+def _is_transformer(model: onnx.ModelProto) -> bool:
+    """Tell whether the backbone has attention: then only its matrix products are quantised."""
+    return any(node.op_type == "Softmax" and not node.name.startswith(HEAD_PREFIX) for node in model.graph.node)
+
+
+def _small_convolutions(model: onnx.ModelProto) -> list[str]:
+    """Return convolutions that TensorRT runs no faster in INT8, by the rules of NVIDIA's Model Optimizer."""
+    shapes = {value.name: list(value.dims) for value in model.graph.initializer}
+    small, first = [], True
+    for node in model.graph.node:
+        if node.op_type != "Conv" or node.name.startswith(HEAD_PREFIX):
+            continue
+        if node.input[1] not in shapes:
+            small.append(node.name)
+            continue
+        outputs, per_group, *kernel = shapes[node.input[1]]
+        groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+        if (per_group < 16 or outputs < 16) and not (
+            (
+                groups == 1
+                and (per_group % 8 == 0 or outputs % 8 == 0)
+                and (first or per_group >= 16 or outputs >= 16)
+                and len(set(kernel)) == 1
+            )
+            or (groups > 1 and outputs % 8 == 0 and min(kernel) >= 3)
+        ):
+            small.append(node.name)
+        first = False
+    return small

@@ -31,6 +31,11 @@ class CalibrationImages:
     seed: int
     spec: Preprocess
 
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.paths)
+
     def sha256(self) -> str:
         """Return one hash over the content of all files, what is damaged, how, and the preprocessing."""
         digest = hashlib.sha256(f"{sorted(self.synthetic)} {self.seed} {self.spec}".encode())
@@ -45,6 +50,47 @@ class CalibrationImages:
             if index in self.synthetic:
                 image = synthetic_anomaly(image, np.random.default_rng([self.seed, index]))
             yield image
+
+
+@dataclass(frozen=True)
+class StratifiedImages:
+    """Labelled pictures in memory, uint8 [n, height, width, 3], as many of each class as there are; none is damaged."""
+
+    pixels: Image
+    seed: int
+
+    @classmethod
+    def choose(cls, pixels: Image, labels: npt.NDArray[np.int64], *, count: int, seed: int = 0) -> StratifiedImages:
+        """Choose `count` pictures by seed, dealing out the classes of `labels` [n] in turn.
+
+        Raises:
+            UsageError: there is no picture, or count is out of range.
+        """
+        if not len(pixels) or count < 1:
+            raise UsageError(f"{count} calibration images of {len(pixels)} pictures are not possible.")
+        rng = np.random.default_rng(seed)
+        of_class = [rng.permutation(np.flatnonzero(labels == label)).tolist() for label in np.unique(labels)]
+        longest = max(map(len, of_class))
+        dealt = [rows[turn] for turn in range(longest) for rows in of_class if turn < len(rows)]
+        return cls(pixels[dealt[:count]], seed)
+
+    @property
+    def count(self) -> int:
+        """Number of pictures."""
+        return len(self.pixels)
+
+    @property
+    def synthetic(self) -> frozenset[int]:
+        """Pictures with a synthetic anomaly: none."""
+        return frozenset()
+
+    def sha256(self) -> str:
+        """Return a hash over the pictures."""
+        return hashlib.sha256(self.pixels.tobytes()).hexdigest()
+
+    def __iter__(self) -> Iterator[Image]:
+        """Yield model inputs, uint8 [height, width, 3]."""
+        return iter(self.pixels)
 
 
 def choose_calibration_images(

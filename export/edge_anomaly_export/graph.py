@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,19 +20,26 @@ from edge_anomaly_runtime.errors import EdgeAnomalyError
 OPSET = 18
 EMBEDDING = "embedding"
 OUTPUTS = ("score", "anomaly_map", EMBEDDING)
+# Operators whose axes became an input in opset 18, and attributes that came with it and have no effect when 0.
+_REDUCTIONS = {"ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin"}
+_REDUCTIONS |= {"ReduceProd", "ReduceSumSquare"}
+_SINCE_18 = ("noop_with_empty_axes", "antialias", "keep_aspect_ratio_policy")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def onnx_from_detector(model: nn.Module, height: int, width: int) -> onnx.ModelProto:
+def onnx_from_detector(
+    model: nn.Module, height: int, width: int, *, opset: int = OPSET, outputs: Sequence[str] | None = None
+) -> onnx.ModelProto:
     """Trace a detector to one self-contained ONNX graph with a static batch of 1.
 
-    `model` maps uint8 [1, height, width, 3] to score, map and, where its head can be fitted again, embedding.
+    `model` maps uint8 [1, height, width, 3] to score, map and, where its head can be fitted again, embedding, unless
+    `outputs` names other ones.
     BatchNorm is folded; nodes are named `backbone/...` or `head/...` after the module that they come from.
     """
     example = torch.zeros(1, height, width, 3, dtype=torch.uint8)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
-        outputs = OUTPUTS[: len(model(example))]
+        outputs = outputs or OUTPUTS[: len(model(example))]
         program = torch.onnx.export(
             model,
             (example,),
@@ -46,6 +53,8 @@ def onnx_from_detector(model: nn.Module, height: int, width: int) -> onnx.ModelP
     assert program is not None  # None only without dynamo
     graph = program.model_proto
     _name_nodes(graph)
+    if opset < OPSET:
+        _downgrade(graph)
     onnx.checker.check_model(graph, full_check=True)
     return graph
 
@@ -91,10 +100,33 @@ def with_head_arrays(model: onnx.ModelProto, arrays: Mapping[str, npt.NDArray[np
     return copy
 
 
+def _downgrade(model: onnx.ModelProto) -> None:
+    """Turn a graph of opset 18 into one of 17: reductions have their axes as an attribute, not as an input.
+
+    (The exporter writes 18 at the least; the converters at hand lose the nodes' names.)
+    """
+    constants = {value.name: value for value in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in _REDUCTIONS and len(node.input) > 1:
+            axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
+            del node.input[1:]
+            node.attribute.append(onnx.helper.make_attribute("axes", axes))
+        if node.op_type in _REDUCTIONS or node.op_type == "Resize":
+            kept = [attribute for attribute in node.attribute if attribute.name not in _SINCE_18]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    used = {name for node in model.graph.node for name in node.input}
+    kept_values = [value for value in model.graph.initializer if value.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept_values)
+    next(entry for entry in model.opset_import if entry.domain == "").version = 17
+
+
 def _name_nodes(model: onnx.ModelProto) -> None:
     """Name nodes after the module they come from, and drop traces of this machine (stack traces with paths)."""
     taken: dict[str, int] = {}
     renamed = {}
+    kept = {output.name for output in model.graph.output}
     for node in model.graph.node:
         module = _module_of(node)
         stem = f"{module}/{node.op_type}".lstrip("/")
@@ -103,7 +135,7 @@ def _name_nodes(model: onnx.ModelProto) -> None:
         node.doc_string = ""
         del node.metadata_props[:]
         for index, output in enumerate(node.output):
-            if output and output not in OUTPUTS:
+            if output and output not in kept:
                 renamed[output] = f"{node.name}:{index}" if index else f"{node.name}:out"
     for node in model.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]

@@ -46,7 +46,7 @@ def compare_graph(
     )
     is_float = key.endswith("/fp32")
     row = ParityRow(
-        backend=key.replace("/", " "),
+        backend=key.replace("/", " ") + (" simulated" if key.startswith("tensorrt/") else ""),
         images=scores.size,
         score_difference=difference,
         map_difference=_map_difference(reference.predictions.maps, judged.predictions.maps),
@@ -62,14 +62,14 @@ def compare_graph(
 def parity_table(rows: Sequence[ParityRow]) -> str:
     """Return the table that the export prints."""
     lines = [
-        f"{'parity':8}{'backend':18}{'max|Δscore|':>12}{'p99|Δmap|':>12}{'verdict flips':>15}{'AUROC':>9}"
+        f"{'parity':8}{'backend':25}{'max|Δscore|':>12}{'p99|Δmap|':>12}{'verdict flips':>15}{'AUROC':>9}"
         f"{'distinct':>10}  limit"
     ]
     for row in rows:
         area = "-" if row.auroc is None else f"{row.auroc:.4f}"
         verdict = "ok" if row.ok else "FAIL"
         lines.append(
-            f"{'':8}{row.backend:18}{row.score_difference:12.1e}{row.map_difference:12.1e}"
+            f"{'':8}{row.backend:25}{row.score_difference:12.1e}{row.map_difference:12.1e}"
             f"{f'{row.flips}/{row.images}':>15}{area:>9}{row.distinct:10.0%}  {row.limit:30} {verdict}"
         )
     return "\n".join(lines)

@@ -30,6 +30,9 @@ MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 GOLDEN_MAPS = "golden/maps.npz"
 
+# The one kind of model without thresholds.
+CLASSIFIER = "classifier"
+
 Precision = Literal["fp32", "fp16", "int8"]
 
 _MAX_MANIFEST_BYTES = 256 * 1024
@@ -74,7 +77,7 @@ class OutputInfo(_Model):
     """One output of the graph."""
 
     name: str
-    role: Literal["score", "map", "logits"]
+    role: Literal["score", "map", "logits", "features"]
     shape: tuple[int, ...]
 
 
@@ -112,13 +115,14 @@ class ParityRow(_Model):
     map_difference: float = Field(description="99th percentile of |map - reference| / largest reference value.")
     flips: int
     auroc: float | None
+    accuracy: float | None = None
     distinct: float = Field(description="Share of distinct scores.")
     limit: str
     ok: bool
 
 
 class Calibration(_Model):
-    """How the INT8 ranges were measured."""
+    """How the INT8 ranges were measured; `float_tensors`: by file, what the guard has left float."""
 
     method: str
     images: int
@@ -126,6 +130,7 @@ class Calibration(_Model):
     seed: int
     images_sha256: str
     float_model_sha256: str
+    float_tensors: dict[str, tuple[str, ...]] = {}
 
 
 class GoldenImage(_Model):
@@ -179,7 +184,8 @@ class Bundle:
     def graph(self, engine: str, precision: str) -> str:
         """Return the file of the graph for an engine and a precision, or raise UsageError that says what there is."""
         key = f"{engine}/{precision}"
-        if key not in self.manifest.graphs or key not in self.manifest.thresholds:
+        limits = self.manifest.thresholds
+        if key not in self.manifest.graphs or (key not in limits and self.manifest.model.kind != CLASSIFIER):
             raise UsageError(
                 f"Bundle {self.path} has no graph and thresholds for {key}; it has {', '.join(self.manifest.graphs)}.",
                 f"Export it again with --precision {precision}, with {engine} installed.",

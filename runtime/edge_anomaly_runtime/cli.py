@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from .bundle import Threshold
     from .scoring import Result, Scorer
+    from .tensorrt_cache import EngineRecord
 
 app = typer.Typer(
     name="edge-anomaly",
@@ -34,10 +35,18 @@ app = typer.Typer(
 )
 bundle_app = typer.Typer(help="Look at a bundle, check it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bundle_app, name="bundle")
+engine_app = typer.Typer(
+    help="Build TensorRT engines for this device, look at them, remove them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(engine_app, name="engine")
 
 BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder NAME.eab.")]
-EngineOption = Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")]
-PrecisionOption = Annotated[str, typer.Option(help="auto, fp32 or int8. auto: the bundle's own where the CPU can.")]
+EngineOption = Annotated[str, typer.Option(help="auto, tensorrt, openvino, onnxruntime or onnxruntime-tensorrt.")]
+PrecisionOption = Annotated[
+    str, typer.Option(help="auto, fp32, fp16 or int8. auto: the bundle's own where the machine can.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Default: the CPUs that the machine or container grants.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
@@ -134,12 +143,12 @@ def selftest(
 
     from .progress import say
     from .scoring import open_scorer
-    from .selftest import run_selftest
+    from .selftest import golden_tolerance, run_selftest
 
     with open_scorer(bundle, engine=engine, precision=precision, threads=threads) as scorer:
         checks = run_selftest(scorer)
         what = f"{scorer.engine} {scorer.precision}"
-        tolerance = scorer.bundle.manifest.golden_tolerance[scorer.precision]
+        tolerance = golden_tolerance(scorer)
     bad = [check for check in checks if not check.ok]
     if as_json:
         rows = [asdict(check) for check in checks]
@@ -229,6 +238,109 @@ def bundle_verify(bundle: BundleArg, as_json: JsonOption = False) -> None:
     say(f"{bundle}: {len(manifest.files)} files match the manifest")
 
 
+@engine_app.command("build")
+def engine_build(
+    bundle: BundleArg,
+    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or int8. auto: the bundle's own.")] = "auto",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Normal images for the thresholds, instead of those packed in the bundle."),
+    ] = None,
+    workspace_mib: Annotated[
+        int | None, typer.Option(help="Scratch memory of the builder. Default: a quarter of what is free, up to 1024.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build again although a fitting engine is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a TensorRT engine on this device, check it with the golden images and set its thresholds.
+
+    Takes seconds to many minutes. The engine is kept in the cache of this device (EDGE_ANOMALY_CACHE) and never leaves
+    it; `--engine tensorrt` and `--engine auto` find it there. Ends with code 1 if the engine does not give the golden
+    images their stored scores.
+
+    Example: edge-anomaly engine build part.eab --precision int8
+    """
+    from .progress import say
+    from .tensorrt_build import build_engine
+
+    built = build_engine(bundle, precision=precision, calibration=calibration, workspace_mib=workspace_mib, force=force)
+    if as_json:
+        record = built.record.model_dump(mode="json", by_alias=True)
+        _print_json({**record, "folder": str(built.folder), "new": built.new, "notes": list(built.notes)})
+    else:
+        _print_engine(built.record)
+    for note in built.notes:
+        say(f"note: {note}")
+    say(f"built {built.folder}" if built.new else f"is there already: {built.folder} (--force builds it again)")
+
+
+@engine_app.command("info")
+def engine_info(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="[BUNDLE]", help="Show this bundle's engines; without it, the device.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the device as TensorRT sees it, or the engines of a bundle on it.
+
+    Example: edge-anomaly engine info part.eab --json
+    """
+    from .tensorrt_report import bundle_report, device_report
+
+    report = device_report() if bundle is None else bundle_report(bundle)
+    if as_json:
+        _print_json(report)
+        return
+    for key, value in report.items():
+        if key != "engines":
+            print(f"{key:16} {value}")
+    for row in report.get("engines", []):
+        print(f"{row['precision']:16} {row['state']}  {row['detail']}")
+
+
+@engine_app.command("list")
+def engine_list(as_json: JsonOption = False) -> None:
+    """List the engines in this device's cache.
+
+    Example: edge-anomaly engine list
+    """
+    from .progress import say
+    from .tensorrt_cache import cache_folder
+    from .tensorrt_report import cached_engines
+
+    rows = cached_engines()
+    if as_json:
+        _print_json({"schema": "edge-anomaly.engines/1", "folder": str(cache_folder()), "engines": rows})
+        return
+    for row in rows:
+        name, precision = row["bundle"] or "?", row["precision"] or "?"
+        print(f"{row['key'][:12]}  {name:20} {precision:5} {row['mb']:8.1f} MB  {row['detail']}")
+    say(f"{len(rows)} engines in {cache_folder()}")
+
+
+@engine_app.command("clean")
+def engine_clean(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Remove every engine and every timing cache; needs no GPU.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove engines that are damaged or were built for another TensorRT or device.
+
+    Example: edge-anomaly engine clean --all
+    """
+    from .progress import say
+    from .tensorrt_cache import clean_engines
+    from .tensorrt_report import machine_here
+
+    removed = clean_engines(None if everything else machine_here())
+    if as_json:
+        _print_json({"schema": "edge-anomaly.engines/1", "removed": [path.name for path in removed]})
+    for path in removed:
+        say(f"removed {path.name}")
+    say(f"{len(removed)} removed")
+
+
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what works on this machine, and why the rest does not.
@@ -245,6 +357,11 @@ def doctor(as_json: JsonOption = False) -> None:
         print(f"{key:18} {report[key]}")
     for name, found in report["packages"].items():
         print(f"{name:18} {found or '-'}")
+    tensorrt = report["tensorrt"]
+    print(f"{'nvidia driver':18} {tensorrt['driver']}")
+    print(f"{'tensorrt package':18} {tensorrt['package']}")
+    if tensorrt["l4t"]:
+        print(f"{'jetson':18} L4T {tensorrt['l4t']}, power mode {tensorrt['power_mode'] or 'unknown'}")
     for line in report["advice"]:
         print(line)
 
@@ -257,6 +374,21 @@ def describe_threshold(name: str, threshold: Threshold) -> str:
         f"{name} > {threshold.value:.4g}: about {threshold.alpha * 1000:g} of 1000 good parts "
         f"(95 % bound {math.ceil(threshold.upper95 * 1000)}; {threshold.method}, n = {threshold.n})"
     )
+
+
+def _print_engine(record: EngineRecord) -> None:
+    parts, parity = record.parts, record.parity
+    print(f"{record.bundle}  {parts.precision}  TensorRT {parts.tensorrt}  {parts.device} (SM {parts.sm})")
+    print(f"built   {record.created_utc} in {record.build_seconds:g} s, {record.engine_bytes / 1e6:.1f} MB")
+    print(f"layers  {', '.join(f'{count} {kind}' for kind, count in record.layers.items())}")
+    print(
+        f"parity  {parity.images} golden images, score {parity.score_difference:.1e}, map {parity.map_difference:.1e}, "
+        f"tolerance {parity.tolerance:g}"
+    )
+    if record.thresholds is not None:
+        for name, limit in (("fail", record.thresholds.fail), ("warn", record.thresholds.warn)):
+            print(f"limit   {describe_threshold(name, limit)}")
+        print(f"from    {record.threshold_images}")
 
 
 def run(typer_app: typer.Typer) -> NoReturn:

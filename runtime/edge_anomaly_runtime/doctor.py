@@ -8,7 +8,10 @@ import platform
 from typing import Any
 
 from .cpu import cpu_name, int8_instructions, usable_cpus
-from .session import ENGINES
+from .cuda import available_memory, driver_fault
+from .jetson import l4t_release, power_mode
+from .session import CPU_ENGINES, ENGINES
+from .tensorrt_library import tensorrt_state
 
 SCHEMA = "edge-anomaly.doctor/1"
 
@@ -30,8 +33,12 @@ _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def examine() -> dict[str, Any]:
-    """Return a JSON-ready description of CPU, packages and engines; nothing heavy is imported."""
+    """Return a JSON-ready description of CPU, packages, engines and TensorRT; nothing heavy is imported.
+
+    An engine is true where its package (TensorRT: and its driver) can be used.
+    """
     packages = {name: _version(name) for name in _PACKAGES}
+    tensorrt = _tensorrt()
     return {
         "schema": SCHEMA,
         "edge_anomaly": _version("edge-anomaly"),
@@ -41,14 +48,41 @@ def examine() -> dict[str, Any]:
         "usable_cpus": usable_cpus(),
         "int8_instructions": int8_instructions(),
         "packages": packages,
-        "engines": {engine: packages[package] is not None for engine, (package, _) in ENGINES.items()},
-        "advice": _advice(packages),
+        "engines": {
+            "tensorrt": tensorrt["usable"],
+            **{engine: packages[ENGINES[engine][0]] is not None for engine in CPU_ENGINES},
+        },
+        "tensorrt": tensorrt,
+        "advice": _advice(packages, tensorrt),
     }
 
 
-def _advice(packages: dict[str, str | None]) -> list[str]:
+def _tensorrt() -> dict[str, Any]:
+    """Tell apart why TensorRT cannot be used: the driver, and the package with its native libraries."""
+    fault = driver_fault()
+    state, detail, hint = tensorrt_state()
+    memory = available_memory()
+    return {
+        "usable": fault is None and state == "ok",
+        "driver": fault or "ok",
+        "package": state,
+        "detail": detail,
+        "hint": hint,
+        "l4t": l4t_release(),
+        "power_mode": power_mode(),
+        "available_memory_mib": None if memory is None else memory >> 20,
+    }
+
+
+def _advice(packages: dict[str, str | None], tensorrt: dict[str, Any]) -> list[str]:
     lines = []
-    for engine, (package, extra) in ENGINES.items():
+    has_gpu = tensorrt["driver"] == "ok" or tensorrt["l4t"] is not None
+    if tensorrt["package"] != "ok" and (has_gpu or tensorrt["package"] != "not installed"):
+        lines.append(f"{tensorrt['detail']} {tensorrt['hint']}")
+    if tensorrt["driver"] != "ok" and (tensorrt["package"] == "ok" or tensorrt["l4t"] is not None):
+        lines.append(f"TensorRT cannot be used: {tensorrt['driver']}")
+    for engine in CPU_ENGINES:
+        package, extra = ENGINES[engine]
         if packages[package] is None:
             lines.append(f'Engine {engine} is not installed. Run: pip install "edge-anomaly[{extra}]"')
     if packages["torch"] is None:

@@ -14,10 +14,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from .bundle import Bundle, Thresholds, read_bundle
+from .engine_tensorrt import TensorrtSession
 from .errors import ImageError
 from .images import load_image
 from .preprocess import content_area, preprocess
-from .session import Session, open_session
+from .session import Session, graph_key, open_session
 
 Verdict = Literal["OK", "WARN", "NG", "INVALID"]
 
@@ -47,17 +48,28 @@ class Result:
 
 
 class Scorer:
-    """A bundle loaded on an engine; use it as a context manager, from one thread."""
+    """A bundle loaded on an engine; use it as a context manager, from one thread.
+
+    `thresholds` default to the bundle's own for this engine and precision.
+    """
 
     def __init__(
-        self, bundle: Bundle, session: Session, *, engine: str, precision: str, reasons: tuple[str, ...] = ()
+        self,
+        bundle: Bundle,
+        session: Session,
+        *,
+        engine: str,
+        precision: str,
+        reasons: tuple[str, ...] = (),
+        thresholds: Thresholds | None = None,
     ) -> None:
         self.bundle = bundle
         self.session = session
         self.engine = engine
         self.precision = precision
         self.reasons = reasons
-        self.thresholds: Thresholds = bundle.manifest.thresholds[f"{engine}/{precision}"]
+        self.key = graph_key(engine, precision)
+        self.thresholds: Thresholds = thresholds or bundle.manifest.thresholds[self.key]
         self._spec = bundle.manifest.input.preprocess
 
     def __enter__(self) -> Scorer:
@@ -150,7 +162,9 @@ def open_scorer(
     """
     bundle = read_bundle(path)
     session, engine, precision, reasons = open_session(bundle, engine=engine, precision=precision, threads=threads)
-    return Scorer(bundle, session, engine=engine, precision=precision, reasons=reasons)
+    # A TensorRT engine has limits of its own, set on the device that built it.
+    own = session.thresholds if isinstance(session, TensorrtSession) else None
+    return Scorer(bundle, session, engine=engine, precision=precision, reasons=reasons, thresholds=own)
 
 
 def _ms_since(start: float) -> float:

@@ -10,7 +10,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from .bundle import GoldenImage
-from .scoring import Scorer
+from .scoring import Scorer, verdict_of
+from .tensorrt_recipe import read_recipe, score_tolerance
+
+# How far a TensorRT engine's map may be off, in score tolerances. Its FP16 parts round otherwise than the simulation on
+# a CPU that the stored maps are from, and single cells stray further than the largest one: with the FP16 graph of a
+# small PaDiM run on a CPU, scores were off by up to 8 %, single cells by up to 19 %.
+_MAP_FACTOR = 3.0
 
 
 @dataclass(frozen=True)
@@ -30,32 +36,36 @@ class GoldenCheck:
     ok: bool
 
 
-def run_selftest(scorer: Scorer) -> list[GoldenCheck]:
+def run_selftest(scorer: Scorer, *, tolerance: float | None = None) -> list[GoldenCheck]:
     """Score every golden image of the scorer's bundle and compare score, map and verdict with what was stored.
 
-    A verdict may differ only where the expected score is nearer to a threshold than the tolerance.
+    A verdict may differ only where the expected score is nearer to a threshold than the tolerance, which defaults to
+    `golden_tolerance`. Maps of TensorRT engines may be off by three times as much.
     """
-    key = f"{scorer.engine}/{scorer.precision}"
-    maps = scorer.bundle.golden_maps()[key]
-    tolerance = scorer.bundle.manifest.golden_tolerance[scorer.precision]
-    return [
-        _check(scorer, golden, maps[index], key, tolerance)
-        for index, golden in enumerate(scorer.bundle.manifest.golden)
-    ]
+    limit = golden_tolerance(scorer) if tolerance is None else tolerance
+    maps = scorer.bundle.golden_maps()[scorer.key]
+    return [_check(scorer, golden, maps[index], limit) for index, golden in enumerate(scorer.bundle.manifest.golden)]
 
 
-def _check(
-    scorer: Scorer, golden: GoldenImage, expected_map: npt.NDArray[np.float32], key: str, tolerance: float
-) -> GoldenCheck:
+def golden_tolerance(scorer: Scorer) -> float:
+    """Return how far scores may be off, relative to what was stored; for TensorRT the recipe says it."""
+    if scorer.key.startswith("tensorrt/"):
+        return score_tolerance(read_recipe(scorer.bundle), scorer.precision)
+    return scorer.bundle.manifest.golden_tolerance[scorer.precision]
+
+
+def _check(scorer: Scorer, golden: GoldenImage, expected_map: npt.NDArray[np.float32], tolerance: float) -> GoldenCheck:
     with Image.open(io.BytesIO(scorer.bundle.read(golden.file))) as file:
         picture = np.asarray(file.convert("RGB"))
     result = scorer.score_pixels(picture) if golden.preprocessed else scorer.score_image(picture)
-    expected = golden.scores[key]
+    expected = golden.scores[scorer.key]
     score_difference = map_difference = None
     if result.score is not None and result.anomaly_map is not None:
         score_difference = abs(result.score - expected) / max(abs(expected), 1e-12)
         map_difference = float(np.abs(result.anomaly_map - expected_map).max() / max(np.abs(expected_map).max(), 1e-12))
-    same_verdict = result.verdict == golden.verdicts[key] or _is_near_threshold(scorer, expected, tolerance)
+    map_limit = tolerance * (_MAP_FACTOR if scorer.key.startswith("tensorrt/") else 1.0)
+    expected_verdict = _expected_verdict(scorer, golden)
+    same_verdict = result.verdict == expected_verdict or _is_near_threshold(scorer, expected, tolerance)
     return GoldenCheck(
         file=golden.file,
         expected=expected,
@@ -63,9 +73,17 @@ def _check(
         score_difference=score_difference,
         map_difference=map_difference,
         verdict=result.verdict,
-        expected_verdict=golden.verdicts[key],
-        ok=_is_within(score_difference, tolerance) and _is_within(map_difference, tolerance) and same_verdict,
+        expected_verdict=expected_verdict,
+        ok=_is_within(score_difference, tolerance) and _is_within(map_difference, map_limit) and same_verdict,
     )
+
+
+def _expected_verdict(scorer: Scorer, golden: GoldenImage) -> str:
+    """Return the stored verdict, or what the stored score means where the device has set limits of its own."""
+    stored = golden.verdicts[scorer.key]
+    if stored == "INVALID" or scorer.thresholds == scorer.bundle.manifest.thresholds[scorer.key]:
+        return stored
+    return verdict_of(golden.scores[scorer.key], scorer.thresholds)
 
 
 def _is_within(difference: float | None, tolerance: float) -> bool:

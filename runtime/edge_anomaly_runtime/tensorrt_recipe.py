@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import ArtefactError
+from .bundle import Bundle
+from .errors import ArtefactError, UsageError
 
 RECIPE = "tensorrt/recipe.json"
 RECIPE_SCHEMA = "edge-anomaly.tensorrt/1"
@@ -74,6 +75,48 @@ def parse_recipe(data: bytes) -> TensorrtRecipe:
         return TensorrtRecipe.model_validate(raw)
     except ValidationError as error:
         raise ArtefactError(f"{RECIPE} is not valid: {error}", _AGAIN) from None
+
+
+def read_recipe(bundle: Bundle) -> TensorrtRecipe:
+    """Read the recipe of a verified bundle.
+
+    Raises:
+        UsageError: the bundle was not exported for TensorRT.
+        ArtefactError: the recipe cannot be read, or names a file that the bundle does not hold.
+    """
+    if RECIPE not in bundle.manifest.files:
+        raise UsageError(f"Bundle {bundle.path} was not exported for TensorRT: it has no {RECIPE}.", _AGAIN)
+    recipe = parse_recipe(bundle.read(RECIPE))
+    graphs = [name for files in recipe.graphs.values() for name in (files.weak, files.strong)]
+    for name in (*graphs, *recipe.normal_images):
+        if name not in bundle.manifest.files:
+            raise ArtefactError(f"{RECIPE} names {name!r}, which is not in bundle {bundle.path}.", _AGAIN)
+    return recipe
+
+
+def build_files(recipe: TensorrtRecipe, precision: str) -> BuildFiles:
+    """Return the ONNX files of a precision.
+
+    Raises:
+        UsageError: the bundle was exported without that precision.
+    """
+    if precision not in recipe.graphs:
+        raise UsageError(
+            f"The bundle has no TensorRT graph of precision {precision}; it has {', '.join(recipe.graphs)}.",
+            f"Choose one of these, or export it again with --target tensorrt --precision {precision}.",
+        )
+    return recipe.graphs[precision]
+
+
+def score_tolerance(recipe: TensorrtRecipe, precision: str) -> float:
+    """Return how far a golden image's score may be off, relative to the expected value.
+
+    Raises:
+        ArtefactError: the recipe names none for this precision.
+    """
+    if precision not in recipe.score_tolerance:
+        raise ArtefactError(f"{RECIPE} has no score_tolerance for {precision}.", _AGAIN)
+    return recipe.score_tolerance[precision]
 
 
 _AGAIN = "Export the bundle again with --target tensorrt."

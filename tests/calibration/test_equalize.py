@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_anomaly_calibration.equalize import equalize_channels
 from edge_anomaly_calibration.onnx_graph import with_outputs
-from edge_anomaly_calibration.quantize import HEAD_PREFIX, emit_cpu_model, measure_ranges, prepare_float_model
+from edge_anomaly_calibration.qdq_graph import HEAD_PREFIX
+from edge_anomaly_calibration.quantize import emit_cpu_model, measure_ranges, prepare_float_model
 from edge_anomaly_runtime.session import open_engine
 
 Frames = npt.NDArray[np.uint8]

@@ -14,13 +14,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_anomaly_calibration import quantize
-from edge_anomaly_calibration.quantize import (
-    emit_cpu_model,
-    head_nodes,
-    measure_ranges,
-    prepare_float_model,
-    quantized_share,
-)
+from edge_anomaly_calibration.qdq_graph import head_nodes, quantized_share
+from edge_anomaly_calibration.quantize import emit_cpu_model, measure_ranges, prepare_float_model
 from edge_anomaly_runtime.cpu import int8_instructions
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
 from edge_anomaly_runtime.engine_openvino import open_openvino

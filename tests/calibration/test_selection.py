@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from edge_anomaly_calibration.selection import choose_calibration_images, synthetic_anomaly
+from edge_anomaly_calibration.selection import StratifiedImages, choose_calibration_images, synthetic_anomaly
 from edge_anomaly_runtime.errors import ImageError, UsageError
 from edge_anomaly_runtime.preprocess import Preprocess
 
@@ -209,3 +209,26 @@ def test_the_input_is_not_modified() -> None:
     for seed in range(20):
         synthetic_anomaly(image, np.random.default_rng(seed))[...] = 0
     assert np.array_equal(image, before)
+
+
+# A classifier's pictures
+
+
+def test_classes_are_dealt_out_in_turn_and_nothing_is_damaged() -> None:
+    pixels = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1).repeat(3, axis=3)
+    labels = np.repeat([0, 1, 2], [40, 15, 5])
+    images = StratifiedImages.choose(pixels, labels, count=24, seed=1)
+    kinds = [int(labels[image[0, 0, 0]]) for image in images]
+    assert [kinds.count(kind) for kind in range(3)] == [10, 9, 5], "as many of each as there are"
+    assert images.count == 24 and not images.synthetic
+    again, other = (StratifiedImages.choose(pixels, labels, count=24, seed=seed) for seed in (1, 2))
+    assert again.sha256() == images.sha256() != other.sha256()
+    assert all(np.array_equal(first, second) for first, second in zip(images, images, strict=True))
+
+
+def test_no_pictures_or_no_count_is_refused() -> None:
+    pixels, labels = np.zeros((3, 1, 1, 3), dtype=np.uint8), np.zeros(3, dtype=np.int64)
+    with pytest.raises(UsageError, match="0 calibration images of 3 pictures"):
+        StratifiedImages.choose(pixels, labels, count=0)
+    with pytest.raises(UsageError, match="8 calibration images of 0 pictures"):
+        StratifiedImages.choose(pixels[:0], labels[:0], count=8)

@@ -11,53 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from edge_anomaly.autoencoder import AutoencoderConfig
 from edge_anomaly.detectors import DETECTORS, config_from_record, kind_of
 from edge_anomaly.evaluate import evaluate_items, open_judge
 from edge_anomaly.evaluation_report import image_features, report_detector, training_records
-from edge_anomaly.fastflow import FastflowConfig
-from edge_anomaly.padim import PadimConfig
-from edge_anomaly.patchcore import PatchcoreConfig
 from edge_anomaly.prediction import predict, torch_scores
 from edge_anomaly.runs import load_model, load_run
-from edge_anomaly.stpm import StpmConfig
 from edge_anomaly.train import TrainOptions, train_detector
 from edge_anomaly.vit_knn import VitKnnConfig
 from edge_anomaly_runtime.errors import ArtefactError, UsageError
-from edge_anomaly_runtime.preprocess import Preprocess
-
-LITE = "efficientnet_lite0"
-SMALL = Preprocess(64, 64)
-TINY_VIT = {
-    "hidden": 32,
-    "layers": 2,
-    "heads": 2,
-    "mlp": 64,
-    "patch": 16,
-    "image_size": 64,
-}
-
-CONFIGS: dict[str, Any] = {
-    "padim": PadimConfig(LITE, dims=8),
-    "patchcore": PatchcoreConfig(LITE),
-    "fastflow": FastflowConfig(LITE, epochs=2, finetune_epochs=1),
-    "stpm": StpmConfig(LITE, epochs=8, batch_size=8),
-    "autoencoder": AutoencoderConfig(epochs=1),
-    "autoencoder-b": AutoencoderConfig(encoder=LITE, epochs=1),
-}
-
-
-@pytest.fixture(scope="module")
-def runs(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("kinds")
-    for name, config in CONFIGS.items():
-        train_detector(str(sample_folder), folder / name, config=config, preprocess=SMALL)
-    return {name: folder / name for name in CONFIGS}
+from tests.small_models import CONFIGS, SMALL
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_run_comes_back_with_the_scores_that_it_was_saved_with(runs: dict[str, Path], name: str) -> None:
-    run = load_run(runs[name])
+def test_a_run_comes_back_with_the_scores_that_it_was_saved_with(detector_runs: dict[str, Path], name: str) -> None:
+    run = load_run(detector_runs[name])
     model = load_model(run)
     from edge_anomaly.image_set import ImageSet
 
@@ -69,27 +36,27 @@ def test_a_run_comes_back_with_the_scores_that_it_was_saved_with(runs: dict[str,
 
 
 @pytest.mark.parametrize("name", sorted({*CONFIGS} - {"autoencoder"}))
-def test_a_trained_detector_tells_defects_from_good_parts(runs: dict[str, Path], name: str) -> None:
+def test_a_trained_detector_tells_defects_from_good_parts(detector_runs: dict[str, Path], name: str) -> None:
     """All defects of the drawn parts are visible; even two epochs on 48 images of 64 px must beat a coin.
 
     (Not so one epoch of an autoencoder that starts from nothing.)
     """
-    with open_judge(runs[name]) as judge:
-        figures, _, _ = evaluate_items(judge, load_run(runs[name]).test)
+    with open_judge(detector_runs[name]) as judge:
+        figures, _, _ = evaluate_items(judge, load_run(detector_runs[name]).test)
     assert figures["image"]["auroc"] > 0.6
     assert figures["distinct_scores"] > 0.9
 
 
 @pytest.mark.parametrize("name", ["stpm", "padim"])
-def test_the_report_of_a_run_is_written_whole(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
-    run = load_run(runs[name])
-    with open_judge(runs[name]) as judge:
+def test_the_report_of_a_run_is_written_whole(detector_runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+    run = load_run(detector_runs[name])
+    with open_judge(detector_runs[name]) as judge:
         figures, items, predictions = evaluate_items(judge, run.test)
-        page = report_detector(runs[name], tmp_path / "report", judge, items, predictions, figures)
+        page = report_detector(detector_runs[name], tmp_path / "report", judge, items, predictions, figures)
     text = page.read_text()
     assert f"{figures['image']['auroc']:.4f}" in text
     assert ("training.png" in text) == (name == "stpm")
-    assert len(training_records(runs[name])) == (8 if name == "stpm" else 0)
+    assert len(training_records(detector_runs[name])) == (8 if name == "stpm" else 0)
     assert not (tmp_path / "report/.tmp").exists()
 
 
@@ -113,7 +80,8 @@ def test_each_detector_says_what_it_is_about_to_do() -> None:
 def test_random_vit_trains_without_a_hub(sample_folder: Path, tmp_path: Path) -> None:
     from edge_anomaly.vit_knn import VIT_BASE
 
-    tiny = {**asdict(VIT_BASE), **{name: value for name, value in TINY_VIT.items() if name in asdict(VIT_BASE)}}
+    sizes = {"hidden": 32, "layers": 2, "heads": 2, "mlp": 64, "patch": 16, "image_size": 64}
+    tiny = {**asdict(VIT_BASE), **sizes}
     config = VitKnnConfig(architecture=tiny, blocks=(0, 1))
     train_detector(str(sample_folder), tmp_path / "run", config=config, preprocess=SMALL, weights="random")
     model = load_model(load_run(tmp_path / "run"))
@@ -140,7 +108,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
 
 def test_an_interrupted_training_goes_on_to_the_same_model(
-    sample_folder: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sample_folder: Path, detector_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, config = tmp_path / "run", CONFIGS["stpm"]
     with monkeypatch.context() as patch:
@@ -156,7 +124,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
         train_detector(str(sample_folder), out, config=other, preprocess=SMALL, options=TrainOptions(resume=True))
     train_detector(str(sample_folder), out, config=config, preprocess=SMALL, options=TrainOptions(resume=True))
 
-    whole, resumed = (load_model(load_run(path)).state_dict() for path in (runs["stpm"], out))
+    whole, resumed = (load_model(load_run(path)).state_dict() for path in (detector_runs["stpm"], out))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not (tmp_path / "run.unfinished").exists()
 
@@ -170,14 +138,14 @@ def test_resume_without_an_interrupted_training_is_refused(sample_folder: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_features_of_a_report_are_those_at_the_hottest_place(runs: dict[str, Path]) -> None:
+def test_features_of_a_report_are_those_at_the_hottest_place(detector_runs: dict[str, Path]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     for name in ("padim", "stpm", "autoencoder-b"):
-        model = load_model(load_run(runs[name]))
+        model = load_model(load_run(detector_runs[name]))
         maps = predict(torch_scores(model), pixels, what="", total=3).maps
         features = image_features(model, pixels, maps)
         assert features.shape[0] == 3 and np.isfinite(features).all()
-    model = load_model(load_run(runs["padim"]))
+    model = load_model(load_run(detector_runs["padim"]))
     fine, coarse = model.get_submodule("backbone")(torch.from_numpy(pixels[:1]))
     assert fine.shape[-1] == 2 * coarse.shape[-1] == 8
     chosen = np.zeros((1, 8, 8), dtype=np.float32)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -27,12 +28,15 @@ from edge_anomaly.padim import Padim, fit_gaussian, head_arrays
 from edge_anomaly.prediction import read_pixels
 from edge_anomaly.runs import Run, load_run
 from edge_anomaly_calibration.guard import GuardLimits
-from edge_anomaly_calibration.quantize import quantized_share
+from edge_anomaly_calibration.qdq_graph import quantized_share
 from edge_anomaly_calibration.rounding import round_weights
 from edge_anomaly_calibration.selection import choose_calibration_images
-from edge_anomaly_export import exporting
-from edge_anomaly_export.exporting import ExportOptions, export_run
+from edge_anomaly_export import comparison as comparison_module
+from edge_anomaly_export import exporting, quantising
+from edge_anomaly_export.comparison import read_comparison
+from edge_anomaly_export.exporting import export_run
 from edge_anomaly_export.graph import onnx_from_detector, with_head_arrays
+from edge_anomaly_export.options import ExportOptions
 from edge_anomaly_runtime.atomic import new_folder
 from edge_anomaly_runtime.bundle import Bundle, Manifest, file_entry, manifest_bytes, read_bundle
 from edge_anomaly_runtime.engine_openvino import open_openvino
@@ -42,6 +46,7 @@ from edge_anomaly_runtime.thresholds import fit_thresholds
 
 Pixels = npt.NDArray[np.uint8]
 KEYS = ["openvino/fp32", "openvino/int8", "onnxruntime/fp32", "onnxruntime/int8"]
+RATES = {"alpha_warn": 0.05, "alpha_fail": 0.01}
 ANYTHING_GOES = GuardLimits(auroc_drop=1.0, flips=1.0, distinct=0.0)
 
 
@@ -62,14 +67,14 @@ def prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
         copy.CopyFrom(_PREPARED[name])
         return copy
 
-    def trace(model: Padim, height: int, width: int) -> onnx.ModelProto:
-        return copy_of("traced", lambda: onnx_from_detector(model, height, width))
+    def trace(model: Padim, height: int, width: int, *, opset: int) -> onnx.ModelProto:
+        return copy_of(f"traced {opset}", lambda: onnx_from_detector(model, height, width, opset=opset))
 
     def rounded(model: onnx.ModelProto, images: Iterable[Pixels], **options: Any) -> onnx.ModelProto:
         return copy_of("rounded", lambda: round_weights(model, images, **options))
 
     monkeypatch.setattr(exporting, "onnx_from_detector", trace)
-    monkeypatch.setattr(exporting, "round_weights", rounded)
+    monkeypatch.setattr(quantising, "round_weights", rounded)
 
 
 _PREPARED: dict[str, onnx.ModelProto] = {}
@@ -170,7 +175,7 @@ def test_manifest_describes_model_input_and_outputs(bundle: Bundle, run: Run) ->
         ("score", "score", (1,)),
         ("anomaly_map", "map", (1, 16, 16)),
     ]
-    assert manifest.golden_tolerance == {"fp32": 1e-3, "int8": 5e-2}
+    assert manifest.golden_tolerance == {"fp32": 1e-3, "fp16": 1e-3, "int8": 5e-2}
     assert manifest.seed == run.seed
     assert abs(manifest.seq - time.time()) < 3600
     assert {"onnx", "onnxruntime", "openvino", "torch"} <= set(manifest.versions)
@@ -309,7 +314,7 @@ def test_graphs_are_compared_on_held_out_and_labelled_images_that_are_still_ther
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone = [item if item.label == GOOD else replace(item, path=Path("/nowhere") / item.path.name) for item in run.test]
-    comparison = exporting._comparison_images(replace(run, test=tuple(gone)))
+    comparison = read_comparison(replace(run, test=tuple(gone)), **RATES)
     assert "Comparing on 16 of 32 labelled images." in capsys.readouterr().err
     assert comparison.paths == [*run.holdout, *(item.path for item in run.test if item.label == GOOD)]
     assert comparison.holdout == 12
@@ -319,9 +324,9 @@ def test_graphs_are_compared_on_held_out_and_labelled_images_that_are_still_ther
 
 def test_of_very_many_labelled_images_a_random_part_is_compared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the first ones, which may all be of one kind."""
-    monkeypatch.setattr(exporting, "_MAX_COMPARED", 20)
-    comparison = exporting._comparison_images(run)
-    assert comparison.paths == exporting._comparison_images(run).paths
+    monkeypatch.setattr(comparison_module, "_MAX_COMPARED", 20)
+    comparison = read_comparison(run, **RATES)
+    assert comparison.paths == read_comparison(run, **RATES).paths
     assert len(comparison.paths) == 12 + 20
     kinds = {path.parent.name for path in comparison.paths[12:]}
     assert kinds == {item.label for item in run.test}
@@ -330,7 +335,7 @@ def test_of_very_many_labelled_images_a_random_part_is_compared(run: Run, monkey
 def test_unsure_images_are_part_of_no_figure(run: Run) -> None:
     kinds = sorted({item.label for item in run.test} - {GOOD})
     test = [replace(item, label=UNSURE) if item.label == kinds[0] else item for item in run.test]
-    comparison = exporting._comparison_images(replace(run, test=tuple(test)))
+    comparison = read_comparison(replace(run, test=tuple(test)), **RATES)
     assert comparison.known.tolist() == [True] * 12 + [item.label != UNSURE for item in test]
     assert comparison.labels is not None
     assert (comparison.labels.size, int(comparison.labels.sum())) == (44 - 4, 12)
@@ -353,7 +358,7 @@ def test_second_int8_export_reuses_the_ranges(
 # The gate
 
 
-def test_a_failed_gate_names_layers_and_leaves_nothing(
+def test_a_failed_gate_tries_tensors_in_float_names_them_and_leaves_nothing(
     prepared_once: None, run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limits = GuardLimits(auroc_drop=-1)
@@ -363,11 +368,18 @@ def test_a_failed_gate_names_layers_and_leaves_nothing(
     assert "fp32" not in raised.value.what
     assert "--allow-drop" in raised.value.hint
     lines = capsys.readouterr().err.splitlines()
-    start = lines.index("Layers that lose most by INT8 (signal to noise):")
+    start = next(index for index, line in enumerate(lines) if line.startswith("Tensors that lose most by INT8"))
     named = [line.split() for line in lines[start + 1 : start + 6]]
     assert [row[1] for row in named] == ["dB"] * 5
     assert all(row[2].startswith("backbone/") for row in named)
-    assert [float(row[0]) for row in named] == sorted(float(row[0]) for row in named)
+    gains = [float(row[0]) for row in named]
+    assert gains == sorted(gains, reverse=True) and gains[0] > 0.1
+    tried = [line for line in lines if "; trying with " in line]
+    assert [re.findall(r"trying with (\d) float: (\S+)", line)[0] for line in tried][:2] == [
+        ("1", named[0][2]),
+        ("2", named[1][2]),
+    ]
+    assert f"over the limit with {len(tried)} tensors left float, too; giving up" in "\n".join(lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
@@ -396,7 +408,7 @@ def test_a_float_graph_that_scores_differently_fails_the_gate(
     float_graph = graph(bundle, "model.onnx")
     mean = next(value for value in float_graph.graph.initializer if value.name == "head.mean")
     wrong = with_head_arrays(float_graph, {"mean": numpy_helper.to_array(mean) + np.float32(0.5)})
-    monkeypatch.setattr(exporting, "onnx_from_detector", lambda model, height, width: wrong)
+    monkeypatch.setattr(exporting, "onnx_from_detector", lambda model, height, width, opset: wrong)
     with pytest.raises(GateError, match=r"onnxruntime fp32: a score differs by .* \(score 0\.001\)"):
         export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "fp32"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
@@ -522,7 +534,7 @@ def children() -> Iterator[list[int]]:
 
 def write(out: Path, contents: tuple[Manifest, dict[str, bytes]]) -> None:
     with new_folder(out, force=True) as folder:
-        exporting._write(folder, *contents)
+        exporting.write_bundle(folder, *contents)
 
 
 def writing_child(out: Path, contents: tuple[Manifest, dict[str, bytes]]) -> int:

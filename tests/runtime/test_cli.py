@@ -24,7 +24,10 @@ from edge_anomaly_runtime import cli
 from edge_anomaly_runtime.bundle import MANIFEST, MANIFEST_DIGEST, Threshold, digest_line, manifest_bytes, read_bundle
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ["score", "selftest", "bench", "doctor", "bundle info", "bundle verify"]
+COMMANDS = [
+    *("score", "selftest", "bench", "doctor", "bundle info", "bundle verify"),
+    *("engine build", "engine info", "engine list", "engine clean"),
+]
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def test_score_prints_one_json_object_per_image_and_nothing_else(run: Run, tiny_
         assert (row["warn"], row["threshold"]) == (100.0, 200.0)
         assert sorted(row["ms"]) == ["decode", "infer", "resize"]
     first, last = err.splitlines()
-    assert re.match(r"(openvino|onnxruntime) (int8|fp32), \d+ threads \(engine ", first)
+    assert re.match(r"(openvino|onnxruntime) (int8|fp32), \d+ threads \(not tensorrt: .*; engine ", first)
     assert last == "1 OK, 1 WARN, 1 NG, 0 INVALID"
 
 
@@ -311,7 +314,7 @@ def test_an_unknown_engine_ends_with_code_2_and_a_guess(
     assert (code, out) == (2, "")
     assert err.splitlines() == [
         "Error: Unknown engine 'openvno'.",
-        "Did you mean 'openvino'? Choose one of: auto, openvino, onnxruntime.",
+        "Did you mean 'openvino'? Choose one of: auto, tensorrt, openvino, onnxruntime, onnxruntime-tensorrt.",
     ]
 
 

@@ -22,7 +22,7 @@ from edge_anomaly_runtime.bundle import Bundle, Threshold, Thresholds, read_bund
 from edge_anomaly_runtime.errors import ArtefactError, UsageError
 from edge_anomaly_runtime.preprocess import Preprocess, preprocess
 from edge_anomaly_runtime.scoring import verdict_of
-from edge_anomaly_runtime.session import ENGINES, SessionInfo
+from edge_anomaly_runtime.session import CPU_ENGINES, SessionInfo
 
 Pixels = npt.NDArray[np.uint8]
 TINY = Preprocess(16, 16)
@@ -295,7 +295,7 @@ def test_the_five_lines_of_the_package_docstring_run(
     assert verdict in ("OK", "WARN", "NG")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", CPU_ENGINES)
 def test_defective_parts_score_higher_than_good_ones(bundle_folder: Path, sample_folder: Path, engine: str) -> None:
     good = sorted((sample_folder / "test/good").glob("*.png"))
     holes = sorted((sample_folder / "test/hole").glob("*.png"))

@@ -14,7 +14,7 @@ import pytest
 from edge_anomaly_runtime.bundle import Bundle, read_bundle
 from edge_anomaly_runtime.scoring import Scorer, open_scorer
 from edge_anomaly_runtime.selftest import GoldenCheck, run_selftest
-from edge_anomaly_runtime.session import ENGINES, Session, SessionInfo
+from edge_anomaly_runtime.session import CPU_ENGINES, Session, SessionInfo
 
 Pixels = npt.NDArray[np.uint8]
 Outputs = dict[str, npt.NDArray[np.float32]]
@@ -61,7 +61,7 @@ def _checks(
         return run_selftest(Scorer(bundle or real.bundle, session, engine=engine, precision=precision))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", CPU_ENGINES)
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_real_bundle_passes_on_every_engine(bundle_folder: Path, engine: str, precision: str) -> None:
     checks = _checks(bundle_folder, engine, precision)

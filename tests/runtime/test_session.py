@@ -17,9 +17,9 @@ import pytest
 from edge_anomaly_runtime.bundle import Bundle, read_bundle
 from edge_anomaly_runtime.errors import ArtefactError, MissingRequirementError, UsageError
 from edge_anomaly_runtime.images import list_images, read_images
-from edge_anomaly_runtime.session import ENGINES, Session, is_installed, open_engine, open_session
+from edge_anomaly_runtime.session import CPU_ENGINES, Session, is_installed, open_engine, open_session
 
-KEYS = [(engine, precision) for engine in ENGINES for precision in ("fp32", "int8")]
+KEYS = [(engine, precision) for engine in CPU_ENGINES for precision in ("fp32", "int8")]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,8 @@ def test_auto_takes_openvino_and_the_precision_of_the_bundle_and_says_why(tiny: 
     assert (engine, precision) == ("openvino", "int8")
     assert session.info.engine == "openvino"
     assert reasons == (
-        "engine openvino: first usable of openvino, onnxruntime",
+        "not tensorrt: the bundle was not exported for it",
+        "engine openvino: first usable of tensorrt, openvino, onnxruntime",
         "precision int8: the bundle's own",
     )
 
@@ -70,8 +71,8 @@ def test_auto_passes_over_a_missing_package_and_gives_the_line_to_type(
     _absent(monkeypatch, "openvino")
     session, engine, _, reasons = open_session(tiny)
     assert engine == session.info.engine == "onnxruntime"
-    assert reasons[0] == 'not openvino: package openvino is missing (pip install "edge-anomaly[openvino]")'
-    assert reasons[1] == "engine onnxruntime: first usable of openvino, onnxruntime"
+    assert reasons[1] == 'not openvino: package openvino is missing (pip install "edge-anomaly[openvino]")'
+    assert reasons[2] == "engine onnxruntime: first usable of tensorrt, openvino, onnxruntime"
 
 
 @pytest.mark.usefixtures("vnni")
@@ -79,7 +80,7 @@ def test_auto_passes_over_an_engine_that_the_bundle_was_not_exported_for(tiny: B
     bundle = _with_graphs(tiny, "onnxruntime/int8", "onnxruntime/fp32")
     _, engine, _, reasons = open_session(bundle)
     assert engine == "onnxruntime"
-    assert reasons[0] == "not openvino: the bundle was not exported for it"
+    assert reasons[1] == "not openvino: the bundle was not exported for it"
 
 
 def test_without_any_engine_every_reason_is_given(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def test_without_any_engine_every_reason_is_given(tiny: Bundle, monkeypatch: pyt
         assert f'pip install "edge-anomaly[{extra}]"' in caught.value.what
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", CPU_ENGINES)
 def test_a_named_engine_whose_package_is_missing_gives_the_line_to_type(
     tiny: Bundle, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
@@ -107,9 +108,9 @@ def test_a_named_engine_whose_package_is_missing_gives_the_line_to_type(
     [
         ({"engine": "openvno"}, "Unknown engine 'openvno'", "Did you mean 'openvino'?"),
         ({"engine": "onnx"}, "Unknown engine 'onnx'", "Did you mean 'onnxruntime'?"),
-        ({"engine": "tensorrt"}, "Unknown engine 'tensorrt'", "Choose one of: auto, openvino, onnxruntime."),
+        ({"engine": "tensort"}, "Unknown engine 'tensort'", "Did you mean 'tensorrt'? Choose one of: auto, tensorrt, "),
         ({"precision": "int4"}, "Unknown precision 'int4'", "Did you mean 'int8'?"),
-        ({"precision": "INT8"}, "Unknown precision 'INT8'", "Choose one of: auto, fp32, int8."),
+        ({"precision": "INT8"}, "Unknown precision 'INT8'", "Choose one of: auto, fp32, fp16, int8."),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest_one(
@@ -189,7 +190,7 @@ def test_outputs_belong_to_the_caller(bundle_folder: Path, engine: str, precisio
     assert all(np.array_equal(again[name], before[name]) for name in before), "a run does not depend on the one before"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", CPU_ENGINES)
 @pytest.mark.parametrize("model", [b"", b"garbage" * 100, bytes(1000)], ids=["empty", "text", "zeros"])
 def test_bytes_that_are_no_graph_are_refused(engine: str, model: bytes) -> None:
     name = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}[engine]
@@ -249,7 +250,7 @@ def test_both_engines_agree_on_the_float_graph(bundle_folder: Path, sample_folde
     assert (difference / second["anomaly_map"].max(axis=(1, 2), keepdims=True)).max() < 1e-3
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", CPU_ENGINES)
 def test_the_int8_graph_is_another_graph_that_ranks_like_the_float_one(
     bundle_folder: Path, sample_folder: Path, engine: str
 ) -> None:
@@ -292,7 +293,7 @@ def test_the_chosen_graph_is_hashed_before_the_engine_sees_it(tiny_bundle: Path,
     data = bytearray((folder / "model.onnx").read_bytes())
     data[len(data) // 2] ^= 1
     (folder / "model.onnx").write_bytes(data)
-    for engine in ENGINES:
+    for engine in CPU_ENGINES:
         with pytest.raises(ArtefactError, match=r"model\.onnx is damaged"):
             open_session(bundle, engine=engine)
 

@@ -1,0 +1,163 @@
+"""A bundle's model files, one after another: each is judged on every engine that reads it as soon as it is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import onnx
+
+from edge_anomaly.prediction import Pixels
+from edge_anomaly_runtime.bundle import ParityRow
+from edge_anomaly_runtime.cpu import usable_cpus
+from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
+from edge_anomaly_runtime.progress import say
+from edge_anomaly_runtime.session import CPU_ENGINES, Session, is_installed, open_engine
+
+from .fp16 import with_fp16_weights
+from .options import ExportOptions
+from .quantising import CPU, TENSORRT, Quantiser
+from .tensorrt_target import say_unverified, tensorrt_files
+
+FLOAT_MODEL = "model.onnx"
+FP16_MODEL = "model.fp16.onnx"
+INT8_CPU_MODEL = "model.int8.cpu.onnx"
+INT8_TENSORRT_MODEL = "model.int8.trt.onnx"
+IR_XML, IR_BIN = "openvino/model.xml", "openvino/model.bin"
+
+# Over the guard's limit, so many tensors may be left float before the export gives up.
+_MOST_FLOAT = 8
+
+
+class Judge(Protocol):
+    """Compares graphs with the trained model on real images."""
+
+    def judge(self, session: Session, key: str) -> Any:
+        """Return what a loaded graph says about the images, and close it."""
+        ...
+
+    def table(self, judged: Mapping[str, Any]) -> tuple[list[ParityRow], list[str]]:
+        """Return a row for each graph, and what is wrong with the bad ones."""
+        ...
+
+
+@dataclass
+class Assembly:
+    """What the bundle will hold.
+
+    `models`: by file, the graph; `files`: by name, the bytes; `keys`: 'engine/precision' to file; `judged`: by key;
+    `float_tensors`: by file, what the guard has left float.
+    """
+
+    options: ExportOptions
+    judge: Judge
+    models: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    judged: dict[str, Any] = field(default_factory=dict)
+    float_tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def add_float(self, model: onnx.ModelProto) -> None:
+        """Add the float file, which every engine can read; at precision fp16, the one with FP16 weights too."""
+        self._add(FLOAT_MODEL, model, "fp32")
+        is_half = self.options.precision == "fp16"
+        if is_half:
+            self._add(FP16_MODEL, with_fp16_weights(model), "fp16")
+        if self.options.tensorrt:
+            # The float file means the same to every engine; simulating TensorRT again would only take time.
+            for precision in ("fp32", "fp16") if is_half else ("fp32",):
+                self.keys[f"tensorrt/{precision}"] = FLOAT_MODEL
+                self.judged[f"tensorrt/{precision}"] = self.judged["onnxruntime/fp32"]
+
+    def add_int8(self, quantiser: Quantiser, finish: Callable[[onnx.ModelProto, bool], onnx.ModelProto]) -> None:
+        """Add the INT8 file for the CPU engines and, with that target, the one for TensorRT.
+
+        `finish` gets an emitted graph and whether it is for TensorRT; it fits the head again. While a file fails the
+        guard, what costs most is left float, one tensor more each time.
+        """
+        self._add_int8(INT8_CPU_MODEL, CPU, quantiser, finish)
+        if self.options.tensorrt:
+            self._add_int8(INT8_TENSORRT_MODEL, TENSORRT, quantiser, finish)
+
+    def add_recipe(self, normal: Pixels) -> None:
+        """Add what a device needs to build its engines; `normal` are held-out model inputs, uint8 [n, h, w, 3]."""
+        options = self.options
+        weak = {
+            key.partition("/")[2]: (name, self.models[name])
+            for key, name in self.keys.items()
+            if key.startswith("tensorrt/")
+        }
+        with stage("tensorrt"):
+            files = tensorrt_files(
+                weak,
+                normal,
+                version=options.trt_version,
+                opset=options.used_opset,
+                alpha_warn=options.alpha_warn,
+                alpha_fail=options.alpha_fail,
+            )
+            self.files.update(files)
+        say_unverified()
+
+    def open(self, key: str) -> Session:
+        """Load a graph in its engine; TensorRT is simulated in float, Q and DQ as they are written."""
+        name = self.keys[key]
+        engine = key.partition("/")[0]
+        if engine == "tensorrt":
+            return open_onnxruntime(self.files[name], threads=usable_cpus(), fuse=name == FLOAT_MODEL)
+        return open_engine(engine, self.files[name], weights=self.files[IR_BIN] if name == IR_XML else None)
+
+    def _add(self, name: str, model: onnx.ModelProto, precision: str) -> None:
+        """Add a file for the CPU engines and judge it on each; with target OpenVINO, as IR too."""
+        self.models[name] = model
+        self.files[name] = model.SerializeToString()
+        for engine in CPU_ENGINES:
+            if is_installed(engine):
+                self.keys[f"{engine}/{precision}"] = name
+        if "openvino" in self.options.targets and precision == self.options.precision:
+            from .openvino_ir import ir_from_onnx
+
+            self.files[IR_XML], self.files[IR_BIN] = ir_from_onnx(model)
+            self.keys[f"openvino/{precision}"] = IR_XML
+        for engine in CPU_ENGINES:
+            if (key := f"{engine}/{precision}") in self.keys:
+                self.judged[key] = self.judge.judge(self.open(key), key)
+
+    def _add_int8(
+        self,
+        name: str,
+        family: str,
+        quantiser: Quantiser,
+        finish: Callable[[onnx.ModelProto, bool], onnx.ModelProto],
+    ) -> None:
+        own = ("tensorrt/int8",) if family == TENSORRT else tuple(f"{engine}/int8" for engine in CPU_ENGINES)
+        left_float: tuple[str, ...] = ()
+        while True:
+            model = finish(quantiser.emit(family, left_float), family == TENSORRT)
+            if family == TENSORRT:
+                self.models[name], self.files[name], self.keys[own[0]] = model, model.SerializeToString(), name
+                self.judged[own[0]] = self.judge.judge(self.open(own[0]), own[0])
+            else:
+                self._add(name, model, "int8")
+            _, failures = self.judge.table({key: self.judged[key] for key in own if key in self.judged})
+            if left_float:
+                self.float_tensors[name] = left_float
+            if not failures or self.options.allow_drop:
+                return
+            rest = [tensor for tensor in quantiser.most_damaging if tensor not in left_float]
+            if not rest or len(left_float) == _MOST_FLOAT:
+                say(f"{name}: over the limit with {len(left_float)} tensors left float, too; giving up")
+                return
+            left_float = (*left_float, rest[0])
+            say(f"{name}: {'; '.join(failures)}; trying with {len(left_float)} float: {rest[0]}")
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Say how long a stage took, once it has ended well."""
+    start = time.perf_counter()
+    yield
+    say(f"{name}: {time.perf_counter() - start:.1f} s")

@@ -1,0 +1,115 @@
+"""`--target tensorrt`: the files that a device needs to build its engines, checked as far as that goes without it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from PIL import Image
+
+from edge_anomaly.prediction import Pixels
+from edge_anomaly_runtime.errors import GateError
+from edge_anomaly_runtime.progress import say
+from edge_anomaly_runtime.tensorrt_recipe import RECIPE, BuildFiles, TensorrtRecipe, recipe_bytes
+
+from . import trt_check
+from .fp16 import strongly_typed_fp16
+from .matrix import version_parts
+from .trt_lint import lint
+
+# Largest |score - expected| / |expected| on the golden images, `expected` from a float simulation on the CPU. On no
+# device measured: FP16 keeps 11 bits, and integer kernels may round a tie the other way.
+SCORE_TOLERANCE = {"fp32": 2e-3, "fp16": 3e-2, "int8": 1e-1}
+
+STRONG_NAMES = {"fp16": "tensorrt/model.fp16.onnx", "int8": "tensorrt/model.int8.fp16.onnx"}
+
+_MAX_NORMAL = 200
+
+UNVERIFIED = (
+    "that the device's own TensorRT builds the engine: `edge-anomaly engine build BUNDLE` there says",
+    "that INT8 kernels are chosen, and how fast they are: `engine build` reads the layers' precisions back",
+    "scores on the device: `engine build` compares golden images and sets the thresholds again",
+)
+
+
+def tensorrt_files(
+    weak: Mapping[str, tuple[str, onnx.ModelProto]],
+    normal: Pixels,
+    *,
+    version: str,
+    opset: int,
+    alpha_warn: float,
+    alpha_fail: float,
+) -> dict[str, bytes]:
+    """Return the recipe and its files: graphs for strongly typed builds, and normal images for the thresholds there.
+
+    `weak`: by precision, the name and graph of the file for TensorRT up to 10. `normal`: held-out model inputs, uint8
+    [n, height, width, 3]. `version`: the oldest TensorRT that must take the files.
+
+    Raises:
+        GateError: a file breaks a rule that TensorRT enforces, or NVIDIA's parser or builder refuses it.
+    """
+    files: dict[str, bytes] = {}
+    graphs = {}
+    for precision, (name, model) in weak.items():
+        check_tensorrt(name, model, version)
+        strong = name
+        if precision in STRONG_NAMES:
+            strong = STRONG_NAMES[precision]
+            typed = strongly_typed_fp16(model)
+            check_tensorrt(strong, typed, max(version, "11.0", key=version_parts))
+            files[strong] = typed.SerializeToString()
+        graphs[precision] = BuildFiles(weak=name, strong=strong)
+    names = []
+    for index, image in enumerate(normal[:_MAX_NORMAL]):
+        names.append(f"tensorrt/normal-{index:03}.png")
+        files[names[-1]] = _png(image)
+    recipe = TensorrtRecipe(
+        opset=opset,
+        graphs=graphs,
+        score_tolerance={precision: SCORE_TOLERANCE[precision] for precision in graphs},
+        normal_images=tuple(names),
+        alpha_warn=alpha_warn,
+        alpha_fail=alpha_fail,
+    )
+    files[RECIPE] = recipe_bytes(recipe)
+    return files
+
+
+def check_tensorrt(name: str, model: onnx.ModelProto, version: str) -> None:
+    """Hold a file against the rules of TensorRT and, where tensorrt-rtx is installed, NVIDIA's parser and builder."""
+    findings = lint(model, minimum_version=version)
+    errors = [finding for finding in findings if finding.severity == "E"]
+    if errors:
+        raise GateError(
+            f"{name} breaks {len(errors)} rules of TensorRT {version}; first {errors[0].code} at {errors[0].node}: "
+            f"{errors[0].what}.",
+            errors[0].fix,
+        )
+    warnings = sorted({finding.code for finding in findings})
+    noted = f", {len(findings)} remarks ({', '.join(warnings)})" if findings else ""
+    if not trt_check.is_installed():
+        say(f"{name}: our rules for TensorRT {version} met{noted}; NVIDIA's parser not tried (extra trt-check)")
+        return
+    checked = trt_check.check_with_nvidia(model.SerializeToString())
+    if not checked.ok:
+        raise GateError(f"NVIDIA's parser or builder refuses {name}: {checked}.", "Report this with the file.")
+    say(
+        f"{name}: our rules for TensorRT {version} met{noted}; TensorRT for RTX {checked.version} parsed and built it "
+        f"in {checked.seconds:.1f} s, {checked.plan_bytes / 1e6:.1f} MB"
+    )
+
+
+def say_unverified() -> None:
+    """List what this machine could not show."""
+    say("Not verified here, and where it will be:")
+    for line in UNVERIFIED:
+        say(f"  {line}")
+
+
+def _png(image: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
+    return buffer.getvalue()
