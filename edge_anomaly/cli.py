@@ -89,8 +89,8 @@ def evaluate(
         typer.Option(help="Labelled images: as for train. A classifier's default: the data it was trained on."),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page with all figures into this folder.")] = None,
-    engine: Annotated[str, typer.Option(help="auto, openvino or onnxruntime (bundles only).")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or int8 (bundles only).")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, tensorrt, openvino or onnxruntime (bundles only).")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or int8 (bundles only).")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Split of a named data set. Default: the training's.")] = None,
     strict: StrictOption = False,
     as_json: JsonOption = False,
@@ -101,12 +101,20 @@ def evaluate(
     Example: edge-anomaly evaluate runs/parts --data parts/ --report report/
     """
     require("train", "torch", "sklearn", "scipy", "matplotlib")
-    from .train_classifier import is_classifier_run
+    from .train_classifier import is_classifier_bundle, is_classifier_run
 
     if is_classifier_run(path):
         from .evaluation_report import evaluate_classifier
 
         figures = evaluate_classifier(path, data, report=report, strict=strict)
+        _print_json(figures) if as_json else _print_classification(figures)
+        return
+    if is_classifier_bundle(path):
+        from .evaluation_report import evaluate_classifier_bundle
+
+        figures = evaluate_classifier_bundle(
+            path, data, engine=engine, precision=precision, report=report, strict=strict
+        )
         _print_json(figures) if as_json else _print_classification(figures)
         return
     from .data import open_dataset

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from edge_anomaly_runtime.errors import UsageError
-from edge_anomaly_runtime.progress import say
+from edge_anomaly_runtime.progress import say, track
+from edge_anomaly_runtime.scoring import open_scorer
 
 from .architecture import architecture_summary
-from .classifier import classification_figures, open_class_data, predict
+from .classifier import ClassData, LabeledImages, classification_figures, open_class_data, predict
 from .data import Item
 from .detectors import DETECTORS
 from .evaluate import Judge
@@ -76,15 +77,9 @@ def evaluate_classifier(path: Path, data: str | None, *, report: Path | None, st
     images = open_class_data(
         source, run.preprocess, validation_share=run.validation, seed=run.config.seed, strict=strict
     )
-    if images.test is None:
-        raise UsageError(f"{source} has no test pictures.", "Give a folder with train/CLASS and test/CLASS.")
-    if images.classes != run.config.classes:
-        raise UsageError(
-            f"{source} has the classes {', '.join(images.classes)}; the model has {', '.join(run.config.classes)}.",
-            "Give pictures of the model's classes.",
-        )
-    logits, features = predict(model, images.test)
-    labels = images.test.labels.numpy()
+    test = _test_pictures(images, run.config.classes, source)
+    logits, features = predict(model, test)
+    labels = test.labels.numpy()
     figures = classification_figures(logits.numpy(), labels, images.classes)
     if report is not None:
         facts = {"model": f"ResNet-{run.config.depth}", **run.data, "trained in": f"{run.seconds:g} s"}
@@ -94,7 +89,7 @@ def evaluate_classifier(path: Path, data: str | None, *, report: Path | None, st
             facts=facts,
             summary_rows=architecture_summary(model, run.config.image_size, run.config.image_size),
             figures=figures,
-            images=images.test.pixels.numpy(),
+            images=test.pixels.numpy(),
             labels=labels,
             logits=logits.numpy().astype(np.float64),
             records=training_records(path),
@@ -102,6 +97,50 @@ def evaluate_classifier(path: Path, data: str | None, *, report: Path | None, st
         )
         say(f"report: {page}")
     return figures
+
+
+def evaluate_classifier_bundle(
+    path: Path, data: str | None, *, engine: str, precision: str, report: Path | None, strict: bool
+) -> dict[str, Any]:
+    """Judge the labelled test pictures of `data` (default: where the training's were) with a classifier's bundle.
+
+    Raises:
+        UsageError: the data has no test set, or other classes than the model.
+    """
+    with open_scorer(path, engine=engine, precision=precision) as scorer:
+        manifest = scorer.bundle.manifest
+        source = data or str(manifest.training["source"])
+        images = open_class_data(source, manifest.input.preprocess, seed=manifest.seed, strict=strict)
+        test = _test_pictures(images, scorer.classes, source)
+        pixels = test.pixels.numpy()
+        rows = [scorer.session.run(image[np.newaxis])["logits"] for image in track(pixels, "scoring", len(pixels))]
+        facts = {"scored by": f"{scorer.engine} {scorer.precision}", **manifest.training}
+    logits, labels = np.concatenate(rows), test.labels.numpy()
+    figures = classification_figures(logits, labels, images.classes)
+    if report is not None:
+        page = classifier_report(
+            report,
+            title=path.name,
+            facts=facts,
+            summary_rows=[],
+            figures=figures,
+            images=pixels,
+            labels=labels,
+            logits=logits.astype(np.float64),
+        )
+        say(f"report: {page}")
+    return figures
+
+
+def _test_pictures(images: ClassData, classes: tuple[str, ...], source: str) -> LabeledImages:
+    if images.test is None:
+        raise UsageError(f"{source} has no test pictures.", "Give a folder with train/CLASS and test/CLASS.")
+    if images.classes != classes:
+        raise UsageError(
+            f"{source} has the classes {', '.join(images.classes)}; the model has {', '.join(classes)}.",
+            "Give pictures of the model's classes.",
+        )
+    return images.test
 
 
 def training_records(path: Path) -> list[dict[str, float]]:

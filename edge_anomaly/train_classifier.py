@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from edge_anomaly_runtime.atomic import check_free, new_folder
-from edge_anomaly_runtime.bundle import CLASSIFIER
+from edge_anomaly_runtime.bundle import CLASSIFIER, MANIFEST
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.errors import ArtefactError
 from edge_anomaly_runtime.preprocess import Preprocess
@@ -147,6 +147,14 @@ def is_classifier_run(path: Path) -> bool:
     try:
         return bool(json.loads((path / RECORD).read_text()).get("model") == KIND)
     except (OSError, ValueError):
+        return False
+
+
+def is_classifier_bundle(path: Path) -> bool:
+    """Tell whether a folder is a classifier's bundle, without verifying it."""
+    try:
+        return bool(json.loads((path / MANIFEST).read_text())["model"]["kind"] == CLASSIFIER)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -106,10 +107,13 @@ def score(
         raise did_you_mean("--fail-on", fail_on, list(_FAIL_ON))
     paths = list_images(images)
     names = _overlay_names(paths, overlay)
-    counts = {"OK": 0, "WARN": 0, "NG": 0, "INVALID": 0}
+    counts = Counter({"OK": 0, "WARN": 0, "NG": 0, "INVALID": 0})
+    labels: Counter[str] = Counter()
     stop = _stop_on_sigterm()
     with open_scorer(bundle, engine=engine, precision=precision, threads=threads) as scorer:
         say(f"{scorer.engine} {scorer.precision}, {scorer.session.info.threads} threads ({'; '.join(scorer.reasons)})")
+        if scorer.classes and overlay is not None:
+            raise UsageError("--overlay needs a map, and a classifier has none.", "Leave it out.")
         for path in track(paths, "scoring", len(paths)):
             if stop():
                 break
@@ -117,10 +121,12 @@ def score(
             if strict and result.verdict == "INVALID":
                 raise UsageError(f"Cannot judge {path}: {result.reason}.", "Leave out --strict to skip such files.")
             counts[result.verdict] += 1
-            print(json.dumps(_row(result)), flush=True)
+            labels[result.label] += 1
+            print(json.dumps(_row(result, classifier=bool(scorer.classes))), flush=True)
             if overlay is not None and result.anomaly_map is not None:
                 _write_overlay(path, names[path], result.anomaly_map, scorer)
-    say(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    shown = Counter({**{name: labels[name] for name in scorer.classes}, "INVALID": counts["INVALID"]})
+    say(", ".join(f"{count} {name}" for name, count in (shown if scorer.classes else counts).items()))
     if counts["INVALID"] == len(paths):
         raise UsageError(f"None of the {len(paths)} images could be judged.", "The reason of each is in its line.")
     if fail_on and any(counts[verdict] for verdict in _FAIL_ON[fail_on]):
@@ -218,7 +224,7 @@ def bundle_info(bundle: BundleArg, as_json: JsonOption = False) -> None:
     for key, limits in manifest.thresholds.items():
         print(f"{key:18} {describe_threshold('fail', limits.fail)}; {describe_threshold('warn', limits.warn)}")
     for row in manifest.parity:
-        print(f"parity  {row.backend:18} score {row.score_difference:.1e}  flips {row.flips}/{row.images}  {row.limit}")
+        print(f"parity  {row.backend:24} score {row.score_difference:.1e}  flips {row.flips}/{row.images}  {row.limit}")
     size = sum(entry.size for entry in manifest.files.values())
     print(f"files   {len(manifest.files)}, {size / 1e6:.1f} MB")
 
@@ -432,7 +438,16 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value))
 
 
-def _row(result: Result) -> dict[str, Any]:
+def _row(result: Result, *, classifier: bool) -> dict[str, Any]:
+    if classifier:
+        classified = {
+            "schema": "edge-anomaly.classify/1",
+            "path": result.path,
+            "label": result.label or None,
+            "probability": result.probability,
+            "ms": result.ms,
+        }
+        return {**classified, "reason": result.reason} if result.reason else classified
     row: dict[str, Any] = {
         "schema": "edge-anomaly.score/1",
         "path": result.path,

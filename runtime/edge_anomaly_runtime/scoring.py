@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .bundle import Bundle, Thresholds, read_bundle
+from .bundle import CLASSIFIER, Bundle, Thresholds, read_bundle
 from .engine_tensorrt import TensorrtSession
-from .errors import ImageError
+from .errors import ImageError, UsageError
 from .images import load_image
 from .preprocess import content_area, preprocess
 from .session import Session, graph_key, open_session
@@ -30,27 +30,32 @@ _BLACK, _WHITE = 5.0, 250.0
 class Result:
     """What is known about one picture.
 
-    score: raw anomaly score, higher is more anomalous; None when the verdict is INVALID.
-    threshold: the limit that makes it NG; warn: the limit that makes it WARN.
+    score: raw anomaly score, higher is more anomalous, or a classifier's largest logit; None if the verdict is INVALID.
+    threshold: the limit that makes it NG; warn: the limit that makes it WARN; a classifier has none, and its verdict is
+        OK for every picture that it could judge.
     anomaly_map: float32 [h, w] on the model's grid, in the score's unit.
+    label, probability, logits: of a classifier, float32 [K]; the probability is the softmax's.
     ms: milliseconds per stage (decode, resize, infer).
     reason: why the verdict is INVALID.
     """
 
     verdict: Verdict
     score: float | None
-    threshold: float
-    warn: float
+    threshold: float | None
+    warn: float | None
     ms: dict[str, float] = field(default_factory=dict)
     anomaly_map: npt.NDArray[np.float32] | None = None
     path: str = ""
     reason: str = ""
+    label: str = ""
+    probability: float | None = None
+    logits: npt.NDArray[np.float32] | None = None
 
 
 class Scorer:
     """A bundle loaded on an engine; use it as a context manager, from one thread.
 
-    `thresholds` default to the bundle's own for this engine and precision.
+    `thresholds` default to the bundle's own for this engine and precision; a classifier has `classes` in their place.
     """
 
     def __init__(
@@ -69,7 +74,9 @@ class Scorer:
         self.precision = precision
         self.reasons = reasons
         self.key = graph_key(engine, precision)
-        self.thresholds: Thresholds = thresholds or bundle.manifest.thresholds[self.key]
+        model = bundle.manifest.model
+        self.classes: tuple[str, ...] = tuple(model.parameters["classes"]) if model.kind == CLASSIFIER else ()
+        self._thresholds = thresholds or bundle.manifest.thresholds.get(self.key)
         self._spec = bundle.manifest.input.preprocess
 
     def __enter__(self) -> Scorer:
@@ -79,6 +86,19 @@ class Scorer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """The alarm limits in force.
+
+        Raises:
+            UsageError: the bundle is a classifier's.
+        """
+        if self._thresholds is None:
+            raise UsageError(
+                f"{self.bundle.path} is a classifier: it has no alarm limits.", "Give a detector's bundle."
+            )
+        return self._thresholds
 
     def close(self) -> None:
         """Free the engine."""
@@ -120,11 +140,30 @@ class Scorer:
         start = perf_counter()
         outputs = self.session.run(pixels[np.newaxis])
         ms["infer"] = _ms_since(start)
+        if self.classes:
+            return self._classified(outputs["logits"][0], ms, path)
         score, anomaly_map = float(outputs["score"][0]), outputs["anomaly_map"][0]
         if not (math.isfinite(score) and np.isfinite(anomaly_map).all()):
             return self._invalid("the model's output is not finite", ms, path)
         fail, warn = self.thresholds.fail.value, self.thresholds.warn.value
         return Result(verdict_of(score, self.thresholds), score, fail, warn, ms, anomaly_map, path)
+
+    def _classified(self, logits: npt.NDArray[np.float32], ms: dict[str, float], path: str) -> Result:
+        if not np.isfinite(logits).all():
+            return self._invalid("the model's output is not finite", ms, path)
+        best = int(logits.argmax())
+        probability = float(1 / np.exp(logits.astype(np.float64) - float(logits[best])).sum())
+        return Result(
+            "OK",
+            float(logits[best]),
+            None,
+            None,
+            ms,
+            path=path,
+            label=self.classes[best],
+            probability=probability,
+            logits=logits,
+        )
 
     def _exposure_fault(self, pixels: npt.NDArray[np.uint8], share: float) -> str:
         """Name a picture that shows nothing; all but `share` of the pixels are a letterbox's black bars."""
@@ -137,7 +176,8 @@ class Scorer:
         return ""
 
     def _invalid(self, reason: str, ms: dict[str, float] | None = None, path: str = "") -> Result:
-        fail, warn = self.thresholds.fail.value, self.thresholds.warn.value
+        limits = self._thresholds
+        fail, warn = (None, None) if limits is None else (limits.fail.value, limits.warn.value)
         return Result("INVALID", None, fail, warn, ms or {}, path=path, reason=reason)
 
 

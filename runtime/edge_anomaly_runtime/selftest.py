@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from .bundle import GoldenImage
-from .scoring import Scorer, verdict_of
+from .scoring import Result, Scorer, verdict_of
 from .tensorrt_recipe import read_recipe, score_tolerance
 
 # How far a TensorRT engine's map may be off, in score tolerances. Its FP16 parts round otherwise than the simulation on
@@ -23,7 +23,8 @@ _MAP_FACTOR = 3.0
 class GoldenCheck:
     """One golden image: differences are relative to the expected value (the map's to its largest value).
 
-    They are None where the picture could not be judged.
+    They are None where the picture could not be judged. A classifier's verdicts are classes, its differences those of
+    the logits.
     """
 
     file: str
@@ -58,6 +59,8 @@ def _check(scorer: Scorer, golden: GoldenImage, expected_map: npt.NDArray[np.flo
     with Image.open(io.BytesIO(scorer.bundle.read(golden.file))) as file:
         picture = np.asarray(file.convert("RGB"))
     result = scorer.score_pixels(picture) if golden.preprocessed else scorer.score_image(picture)
+    if scorer.classes:
+        return _check_class(scorer, golden, result, expected_map, tolerance)
     expected = golden.scores[scorer.key]
     score_difference = map_difference = None
     if result.score is not None and result.anomaly_map is not None:
@@ -75,6 +78,26 @@ def _check(scorer: Scorer, golden: GoldenImage, expected_map: npt.NDArray[np.flo
         verdict=result.verdict,
         expected_verdict=expected_verdict,
         ok=_is_within(score_difference, tolerance) and _is_within(map_difference, map_limit) and same_verdict,
+    )
+
+
+def _check_class(
+    scorer: Scorer, golden: GoldenImage, result: Result, expected: npt.NDArray[np.float32], tolerance: float
+) -> GoldenCheck:
+    """Compare logits, float32 [K], relative to the largest; the class may differ where two are that near."""
+    scale = max(float(np.abs(expected).max()), 1e-12)
+    difference = None if result.logits is None else float(np.abs(result.logits - expected).max()) / scale
+    first, second = np.sort(expected)[::-1][:2]
+    same = result.label == golden.verdicts[scorer.key] or float(first - second) <= 2 * tolerance * scale
+    return GoldenCheck(
+        file=golden.file,
+        expected=golden.scores[scorer.key],
+        score=result.score,
+        score_difference=difference,
+        map_difference=difference,
+        verdict=result.label or result.verdict,
+        expected_verdict=golden.verdicts[scorer.key],
+        ok=_is_within(difference, tolerance) and same,
     )
 
 

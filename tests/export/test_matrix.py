@@ -10,6 +10,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from edge_anomaly.evaluation_report import evaluate_classifier_bundle
 from edge_anomaly_calibration.guard import GuardLimits
 from edge_anomaly_calibration.qdq_graph import quantized_share
 from edge_anomaly_export.classifier import export_classifier
@@ -17,9 +18,12 @@ from edge_anomaly_export.exporting import export_run
 from edge_anomaly_export.matrix import MODELS, TARGETS, cells
 from edge_anomaly_export.options import ExportOptions
 from edge_anomaly_export.trt_lint import lint
+from edge_anomaly_runtime import selftest
 from edge_anomaly_runtime.bundle import Bundle, Manifest, read_bundle
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
 from edge_anomaly_runtime.errors import UsageError
+from edge_anomaly_runtime.scoring import open_scorer
+from edge_anomaly_runtime.selftest import run_selftest
 from edge_anomaly_runtime.session import PRECISIONS, open_engine
 from edge_anomaly_runtime.tensorrt_recipe import RECIPE, parse_recipe
 from tests.small_models import CONFIGS
@@ -173,3 +177,38 @@ def test_a_tensorrt_without_layer_normalisation_is_refused(runs: dict[str, Path]
     assert "--trt-version 8.6" in raised.value.hint
     with pytest.raises(UsageError, match="Opset 18 is not possible"):
         ExportOptions(("tensorrt",), trt_version="8.6", opset=18)
+
+
+def test_a_classifier_bundle_names_classes(int8_bundles: dict[str, Bundle]) -> None:
+    bundle = int8_bundles["classifier"]
+    with open_scorer(bundle.path, engine="onnxruntime", precision="int8") as scorer:
+        results = [scorer.score_pixels(picture(bundle, index)[0]) for index in range(6)]
+        checks = run_selftest(scorer)
+        with pytest.raises(UsageError, match="it has no alarm limits"):
+            scorer.thresholds  # noqa: B018
+    stored = [golden.verdicts["onnxruntime/int8"] for golden in bundle.manifest.golden]
+    assert [result.label for result in results] == stored[:6]
+    assert {result.verdict for result in results} == {"OK"}
+    assert set(bundle.manifest.model.parameters["classes"]) == {"blue", "green", "red"}
+    for result in results:
+        assert result.logits is not None and result.probability is not None
+        shares = np.exp(result.logits.astype(np.float64))
+        assert result.probability == pytest.approx(shares.max() / shares.sum())
+    assert all(check.ok for check in checks) and len(checks) == 8
+    assert bundle.manifest.thresholds == {}
+    figures = evaluate_classifier_bundle(
+        bundle.path, None, engine="onnxruntime", precision="int8", report=None, strict=False
+    )
+    row = next(row for row in bundle.manifest.parity if row.backend == "onnxruntime int8")
+    assert figures["accuracy"] == pytest.approx(row.accuracy)
+
+
+def test_a_changed_logit_fails_the_self_test(int8_bundles: dict[str, Bundle]) -> None:
+    bundle = int8_bundles["classifier"]
+    golden = bundle.manifest.golden[0]
+    maps = bundle.golden_maps()["onnxruntime/fp32"]
+    with open_scorer(bundle.path, engine="onnxruntime", precision="fp32") as scorer:
+        good = selftest._check(scorer, golden, maps[0], 1e-3)
+        bad = selftest._check(scorer, golden, maps[0] + np.float32(0.1) * np.abs(maps[0]).max(), 1e-3)
+    assert good.ok and not bad.ok
+    assert bad.score_difference == pytest.approx(0.1, rel=0.2)
