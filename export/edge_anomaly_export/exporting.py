@@ -60,9 +60,9 @@ def export_run(run_path: Path, out: Path, options: ExportOptions | None = None) 
     """Export a detector's run to a bundle folder `out` and return its manifest.
 
     Raises:
-        GateError: parity or the INT8 guard failed and `allow_drop` is not set, or a file breaks a rule of TensorRT; no
-            bundle is written.
-        UsageError, ArtefactError, MissingRequirementError, OutputError: see `errors`.
+        GateError: parity or the INT8 guard failed and `allow_drop` is not set; no bundle is written.
+        ArtefactError: the run is not finished or damaged, or a file has an operator that TensorRT cannot take.
+        UsageError, MissingRequirementError, OutputError: see `errors`.
     """
     options = options or ExportOptions()
     check_requirements(options)

@@ -10,7 +10,7 @@ import onnx
 from PIL import Image
 
 from edge_anomaly.prediction import Pixels
-from edge_anomaly_runtime.errors import GateError
+from edge_anomaly_runtime.errors import ArtefactError
 from edge_anomaly_runtime.progress import say
 from edge_anomaly_runtime.tensorrt_recipe import RECIPE, BuildFiles, TensorrtRecipe, recipe_bytes
 
@@ -49,7 +49,7 @@ def tensorrt_files(
     [n, height, width, 3]. `version`: the oldest TensorRT that must take the files.
 
     Raises:
-        GateError: a file breaks a rule that TensorRT enforces, or NVIDIA's parser or builder refuses it.
+        ArtefactError: a file breaks a rule that TensorRT enforces, or NVIDIA's parser or builder refuses it.
     """
     files: dict[str, bytes] = {}
     graphs = {}
@@ -83,7 +83,7 @@ def check_tensorrt(name: str, model: onnx.ModelProto, version: str) -> None:
     findings = lint(model, minimum_version=version)
     errors = [finding for finding in findings if finding.severity == "E"]
     if errors:
-        raise GateError(
+        raise ArtefactError(
             f"{name} breaks {len(errors)} rules of TensorRT {version}; first {errors[0].code} at {errors[0].node}: "
             f"{errors[0].what}.",
             errors[0].fix,
@@ -95,7 +95,7 @@ def check_tensorrt(name: str, model: onnx.ModelProto, version: str) -> None:
         return
     checked = trt_check.check_with_nvidia(model.SerializeToString())
     if not checked.ok:
-        raise GateError(f"NVIDIA's parser or builder refuses {name}: {checked}.", "Report this with the file.")
+        raise ArtefactError(f"NVIDIA's parser or builder refuses {name}: {checked}.", "Report this with the file.")
     say(
         f"{name}: our rules for TensorRT {version} met{noted}; TensorRT for RTX {checked.version} parsed and built it "
         f"in {checked.seconds:.1f} s, {checked.plan_bytes / 1e6:.1f} MB"

@@ -10,7 +10,9 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -27,7 +29,7 @@ from edge_anomaly.data import GOOD, UNSURE
 from edge_anomaly.padim import Padim, fit_gaussian, head_arrays
 from edge_anomaly.prediction import read_pixels
 from edge_anomaly.runs import Run, load_run
-from edge_anomaly_calibration.guard import GuardLimits
+from edge_anomaly_calibration.guard import GuardLimits, rank_correlation
 from edge_anomaly_calibration.qdq_graph import quantized_share
 from edge_anomaly_calibration.rounding import round_weights
 from edge_anomaly_calibration.selection import choose_calibration_images
@@ -353,6 +355,35 @@ def test_second_int8_export_reuses_the_ranges(
     assert manifest.files["model.int8.cpu.onnx"] == bundle.manifest.files["model.int8.cpu.onnx"]
     assert manifest.graphs["openvino/int8"] == "model.int8.cpu.onnx"
     assert not [name for name in manifest.files if name.startswith("openvino/")]
+
+
+# Other CPUs
+
+
+def test_int8_scores_alike_without_dot_product_instructions(bundle: Bundle, holdout: Pixels) -> None:
+    """OpenVINO is told to use AVX2 only: its INT8 kernels saturate there where the ranges leave no room."""
+    code = """if True:
+        import sys, numpy as np
+        from edge_anomaly_runtime.scoring import open_scorer
+        pixels = np.load(sys.argv[2])
+        with open_scorer(sys.argv[1], engine="openvino", precision="int8") as scorer:
+            print(" ".join(str(scorer.score_pixels(image).score) for image in pixels))
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "pixels.npy", holdout)
+        arguments = [sys.executable, "-c", code, str(bundle.path), str(Path(folder) / "pixels.npy")]
+        with_dots, without = (
+            np.array(
+                subprocess.run(
+                    arguments, env={**os.environ, **extra}, check=True, capture_output=True, text=True
+                ).stdout.split(),
+                dtype=np.float64,
+            )
+            for extra in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"})
+        )
+    assert with_dots.size == len(holdout)
+    assert np.abs(without / with_dots - 1).max() < 0.15
+    assert rank_correlation(without, with_dots) > 0.9
 
 
 # The gate

@@ -14,7 +14,7 @@ from PIL import Image
 from edge_anomaly_export import tensorrt_target, trt_check
 from edge_anomaly_export.tensorrt_target import check_tensorrt, say_unverified, tensorrt_files
 from edge_anomaly_export.trt_check import CheckResult, ParserError
-from edge_anomaly_runtime.errors import GateError
+from edge_anomaly_runtime.errors import ArtefactError
 from edge_anomaly_runtime.tensorrt_recipe import RECIPE, parse_recipe
 
 
@@ -43,7 +43,7 @@ def without_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_rule_is_named_with_its_node_and_cure(without_nvidia: None) -> None:
-    with pytest.raises(GateError, match=r"model\.onnx breaks 1 rules .* TRT024 at backbone/Transpose") as raised:
+    with pytest.raises(ArtefactError, match=r"model\.onnx breaks 1 rules .* TRT024 at backbone/Transpose") as raised:
         check_tensorrt("model.onnx", doubled(transpose_first=True), "10.0")
     assert "Cast" in raised.value.hint
 
@@ -52,7 +52,7 @@ def test_what_nvidia_refuses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     refusal = CheckResult("1.7", errors=(ParserError("head/ReduceMax", "ReduceMax", "no such thing"),))
     monkeypatch.setattr(trt_check, "is_installed", lambda: True)
     monkeypatch.setattr(trt_check, "check_with_nvidia", lambda model: refusal)
-    with pytest.raises(GateError, match=r"(?s)refuses model\.onnx: .*no such thing"):
+    with pytest.raises(ArtefactError, match=r"(?s)refuses model\.onnx: .*no such thing"):
         check_tensorrt("model.onnx", doubled(), "10.0")
 
 
