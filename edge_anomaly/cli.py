@@ -27,7 +27,7 @@ def export(
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "int8",
     calibration_images: Annotated[int, typer.Option(help="Images to measure INT8 ranges on.")] = 128,
     calibration: Annotated[
-        Path | None, typer.Option(help="A folder of normal images, or another run, to measure INT8 ranges on.")
+        Path | None, typer.Option(help="A folder of normal images, or a detector's run, to measure INT8 ranges on.")
     ] = None,
     alpha_fail: AlphaFail = 0.01,
     alpha_warn: AlphaWarn = 0.05,
@@ -35,7 +35,9 @@ def export(
     max_flips: Annotated[float, typer.Option(help="Share of verdicts or classes that INT8 may change.")] = 0.02,
     max_accuracy_drop: Annotated[float, typer.Option(help="What INT8 may cost a classifier in accuracy.")] = 0.003,
     allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Write the bundle although a gate failed.")] = False,
-    trt_version: Annotated[str, typer.Option(help="Oldest TensorRT that must take the files: 8.5 to 11.0.")] = "10.0",
+    trt_version: Annotated[
+        str | None, typer.Option(help="Oldest TensorRT that must take the files, 8.5 to 11.0. Default: 10.0.")
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="17 or 18. Default: the newest that all targets take.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and end.")] = False,
     seed: SeedOption = 0,

@@ -102,21 +102,22 @@ def evaluate_classifier(path: Path, data: str | None, *, report: Path | None, st
 def evaluate_classifier_bundle(
     path: Path, data: str | None, *, engine: str, precision: str, report: Path | None, strict: bool
 ) -> dict[str, Any]:
-    """Judge the labelled test pictures of `data` (default: where the training's were) with a classifier's bundle.
+    """Judge the labelled test pictures of `data` with a classifier's bundle; `scored_by` says on what.
 
     Raises:
-        UsageError: the data has no test set, or other classes than the model.
+        UsageError: there is no data, it has no test set, or it has other classes than the model.
     """
+    if data is None:
+        raise UsageError("There is nothing to judge.", "Give pictures with --data: train/CLASS and test/CLASS.")
     with open_scorer(path, engine=engine, precision=precision) as scorer:
         manifest = scorer.bundle.manifest
-        source = data or str(manifest.training["source"])
-        images = open_class_data(source, manifest.input.preprocess, seed=manifest.seed, strict=strict)
-        test = _test_pictures(images, scorer.classes, source)
+        images = open_class_data(data, manifest.input.preprocess, seed=manifest.seed, strict=strict)
+        test = _test_pictures(images, scorer.classes, data)
         pixels = test.pixels.numpy()
         rows = [scorer.session.run(image[np.newaxis])["logits"] for image in track(pixels, "scoring", len(pixels))]
         facts = {"scored by": f"{scorer.engine} {scorer.precision}", **manifest.training}
     logits, labels = np.concatenate(rows), test.labels.numpy()
-    figures = classification_figures(logits, labels, images.classes)
+    figures = {"scored_by": facts["scored by"], **classification_figures(logits, labels, images.classes)}
     if report is not None:
         page = classifier_report(
             report,

@@ -193,8 +193,8 @@ def cast_image_first(model: onnx.ModelProto) -> None:
     for transpose in nodes:
         if transpose.op_type != "Transpose" or transpose.input[0] != image:
             continue
-        casts = [node for node in nodes if node.op_type == "Cast" and node.input[0] == transpose.output[0]]
-        for cast in casts:
+        readers = [node for node in nodes if transpose.output[0] in node.input]
+        for cast in readers if len(readers) == 1 and readers[0].op_type == "Cast" else ():
             transposed, numbers = transpose.output[0], cast.output[0]
             cast.input[0], cast.output[0] = image, f"{image}:numbers"
             transpose.input[0], transpose.output[0] = cast.output[0], numbers

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -57,7 +58,13 @@ def measure_ranges(
     ONNX Runtime refuses ranges of another method, but not those of another model or other images; the key does.
     Nothing is measured when `ranges` is there with the same key. Memory does not grow with the number of images.
     """
-    parts = {"method": METHOD, "float_model_sha256": file_sha256(float_model), "images_sha256": images_sha256}
+    parts = {
+        "method": METHOD,
+        "float_model_sha256": file_sha256(float_model),
+        "images_sha256": images_sha256,
+        "operations": [*_CPU_OPS, *_MATRIX_OPS],
+        "onnxruntime": onnxruntime.__version__,
+    }
     key = json.dumps(parts).encode()
     key_file = ranges.with_suffix(".key.json")
     if ranges.exists() and key_file.exists() and key_file.read_bytes() == key:

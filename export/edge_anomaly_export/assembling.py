@@ -12,12 +12,12 @@ import onnx
 
 from edge_anomaly.prediction import Pixels
 from edge_anomaly_runtime.bundle import ParityRow
-from edge_anomaly_runtime.cpu import usable_cpus
+from edge_anomaly_runtime.cpu import int8_instructions, usable_cpus
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
 from edge_anomaly_runtime.progress import say
 from edge_anomaly_runtime.session import CPU_ENGINES, Session, is_installed, open_engine
 
-from .fp16 import with_fp16_weights
+from .fp16 import strongly_typed_fp16, with_fp16_weights
 from .options import ExportOptions
 from .quantising import CPU, TENSORRT, Quantiser
 from .tensorrt_target import say_unverified, tensorrt_files
@@ -49,7 +49,7 @@ class Assembly:
     """What the bundle will hold.
 
     `models`: by file, the graph; `files`: by name, the bytes; `keys`: 'engine/precision' to file; `judged`: by key;
-    `float_tensors`: by file, what the guard has left float.
+    `float_tensors`: by file, what the guard has left float; `typed`: the graph that computes in FP16, for TensorRT.
     """
 
     options: ExportOptions
@@ -59,6 +59,7 @@ class Assembly:
     keys: dict[str, str] = field(default_factory=dict)
     judged: dict[str, Any] = field(default_factory=dict)
     float_tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    typed: bytes = b""
 
     def add_float(self, model: onnx.ModelProto) -> None:
         """Add the float file, which every engine can read; at precision fp16, the one with FP16 weights too."""
@@ -68,22 +69,30 @@ class Assembly:
             self._add(FP16_MODEL, with_fp16_weights(model), "fp16")
         if self.options.tensorrt:
             # The float file means the same to every engine; simulating TensorRT again would only take time.
-            for precision in ("fp32", "fp16") if is_half else ("fp32",):
-                self.keys[f"tensorrt/{precision}"] = FLOAT_MODEL
-                self.judged[f"tensorrt/{precision}"] = self.judged["onnxruntime/fp32"]
+            self.keys["tensorrt/fp32"], self.judged["tensorrt/fp32"] = FLOAT_MODEL, self.judged["onnxruntime/fp32"]
+            if is_half:
+                self.keys["tensorrt/fp16"] = FLOAT_MODEL
+                self.typed = strongly_typed_fp16(model).SerializeToString()
+                self.judged["tensorrt/fp16"] = self.judge.judge(self.open("tensorrt/fp16"), "tensorrt/fp16")
 
     def add_int8(self, quantiser: Quantiser, finish: Callable[[onnx.ModelProto, bool], onnx.ModelProto]) -> None:
         """Add the INT8 file for the CPU engines and, with that target, the one for TensorRT.
 
-        `finish` gets an emitted graph and whether it is for TensorRT; it fits the head again. While a file fails the
+        `finish` gets an emitted graph and whether to simulate it; it fits the head again. While a file fails the
         guard, what costs most is left float, one tensor more each time.
         """
+        if not int8_instructions():
+            say("This CPU has no INT8 dot-product instructions: INT8 is simulated in float, and cannot run here")
         self._add_int8(INT8_CPU_MODEL, CPU, quantiser, finish)
         if self.options.tensorrt:
             self._add_int8(INT8_TENSORRT_MODEL, TENSORRT, quantiser, finish)
 
-    def add_recipe(self, normal: Pixels) -> None:
-        """Add what a device needs to build its engines; `normal` are held-out model inputs, uint8 [n, h, w, 3]."""
+    def add_recipe(self, normal: Pixels, samples: Pixels) -> None:
+        """Add what a device needs to build its engines.
+
+        `normal`: held-out model inputs, uint8 [n, h, w, 3], for the thresholds there; `samples`: a few inputs, to run
+        the graphs of TensorRT 11 on.
+        """
         options = self.options
         weak = {
             key.partition("/")[2]: (name, self.models[name])
@@ -94,7 +103,8 @@ class Assembly:
             files = tensorrt_files(
                 weak,
                 normal,
-                version=options.trt_version,
+                samples,
+                version=options.least_tensorrt,
                 opset=options.used_opset,
                 alpha_warn=options.alpha_warn,
                 alpha_fail=options.alpha_fail,
@@ -103,11 +113,19 @@ class Assembly:
         say_unverified()
 
     def open(self, key: str) -> Session:
-        """Load a graph in its engine; TensorRT is simulated in float, Q and DQ as they are written."""
+        """Load a graph in its engine.
+
+        What this machine cannot run is simulated in float, Q and DQ as they are written: TensorRT, and INT8 on a CPU
+        without dot-product instructions.
+        """
         name = self.keys[key]
-        engine = key.partition("/")[0]
+        engine, _, precision = key.partition("/")
         if engine == "tensorrt":
-            return open_onnxruntime(self.files[name], threads=usable_cpus(), fuse=name == FLOAT_MODEL)
+            # The builder makes FP16 of the float file on the device; the typed graph rounds at the same places.
+            data = self.typed if precision == "fp16" else self.files[name]
+            return open_onnxruntime(data, threads=usable_cpus(), fuse=precision == "fp32")
+        if precision == "int8" and not int8_instructions():
+            return open_onnxruntime(self.files[INT8_CPU_MODEL], threads=usable_cpus(), fuse=False)
         return open_engine(engine, self.files[name], weights=self.files[IR_BIN] if name == IR_XML else None)
 
     def _add(self, name: str, model: onnx.ModelProto, precision: str) -> None:
@@ -136,7 +154,8 @@ class Assembly:
         own = ("tensorrt/int8",) if family == TENSORRT else tuple(f"{engine}/int8" for engine in CPU_ENGINES)
         left_float: tuple[str, ...] = ()
         while True:
-            model = finish(quantiser.emit(family, left_float), family == TENSORRT)
+            simulate = family == TENSORRT or not int8_instructions()
+            model = finish(quantiser.emit(family, left_float), simulate)
             if family == TENSORRT:
                 self.models[name], self.files[name], self.keys[own[0]] = model, model.SerializeToString(), name
                 self.judged[own[0]] = self.judge.judge(self.open(own[0]), own[0])
@@ -145,9 +164,9 @@ class Assembly:
             _, failures = self.judge.table({key: self.judged[key] for key in own if key in self.judged})
             if left_float:
                 self.float_tensors[name] = left_float
-            if not failures or self.options.allow_drop:
+            if not failures:
                 return
-            rest = [tensor for tensor in quantiser.most_damaging if tensor not in left_float]
+            rest = [tensor for tensor in quantiser.most_damaging(family) if tensor not in left_float]
             if not rest or len(left_float) == _MOST_FLOAT:
                 say(f"{name}: over the limit with {len(left_float)} tensors left float, too; giving up")
                 return

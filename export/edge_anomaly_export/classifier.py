@@ -38,7 +38,7 @@ from edge_anomaly_runtime.bundle import (
     file_entry,
 )
 from edge_anomaly_runtime.cpu import usable_cpus
-from edge_anomaly_runtime.errors import UsageError
+from edge_anomaly_runtime.errors import GateError, UsageError
 from edge_anomaly_runtime.images import list_images
 from edge_anomaly_runtime.progress import say, track
 from edge_anomaly_runtime.session import Session
@@ -76,6 +76,8 @@ class ClassifierJudge:
         """Return a row for each graph, and what is wrong with the bad ones."""
         rows, failures = [], []
         for key, logits in judged.items():
+            if not np.isfinite(logits).all():
+                raise GateError(f"The graph {key} gives logits that are not finite.", "Export with --precision fp32.")
             row, reasons = self._row(key, logits)
             rows.append(row)
             if reasons:
@@ -88,9 +90,7 @@ class ClassifierJudge:
         flips = int((logits.argmax(axis=1) != self.reference.argmax(axis=1)).sum())
         accuracy, before = (float((values.argmax(axis=1) == self.labels).mean()) for values in (logits, self.reference))
         images, reasons = len(self.labels), []
-        if not np.isfinite(logits).all():
-            reasons.append("a logit is not finite")
-        elif key.endswith("/fp32"):
+        if key.endswith("/fp32"):
             limit = f"logit {FLOAT_LIMIT:g}"
             if difference > FLOAT_LIMIT:
                 reasons.append(f"a logit differs by {difference:.1e} of the largest ({limit})")
@@ -142,11 +142,11 @@ def classifier_plan(run_path: Path, out: Path, options: ExportOptions) -> list[s
     check_requirements(options)
     run, _ = load_classifier(run_path)
     check_free(out, force=options.force)
-    calibrated = f"calibrated on {options.calibration_images} pictures of {options.calibration or run.source}, "
+    calibrated = f"calibrated on {options.calibration_images} pictures of {options.calibration or run.source}"
     return [
         f"{run_path}: ResNet-{run.config.depth} classifier, {len(run.config.classes)} classes, ONNX opset "
         f"{options.used_opset}",
-        *([f"int8: {calibrated}as many of each class"] if options.precision == "int8" else []),
+        *([f"int8: {calibrated}"] if options.precision == "int8" else []),
         f"targets {', '.join(options.targets)}; compared on up to {_MAX_COMPARED} pictures: "
         f"{options.limits.for_classes()}",
         f"writes {out}",
@@ -181,10 +181,10 @@ def _build(
     say(classification_table(rows))
     gate(failures, options)
     if options.tensorrt:
-        graphs.add_recipe(np.empty((0, size, size, 3), dtype=np.uint8))
+        graphs.add_recipe(np.empty((0, size, size, 3), dtype=np.uint8), judge.pixels[:_GOLDEN])
     golden, golden_files = _golden(judge, run.config.classes, {key: partial(graphs.open, key) for key in graphs.keys})
     graphs.files.update(golden_files)
-    grey = data.train.pixels.float().mean(dim=(1, 2, 3))
+    grey = [float(picture.mean()) for picture in data.train.pixels.numpy()]
     parameters: dict[str, Any] = {**asdict(run.config), "opset": options.used_opset, "images": len(data.train)}
     if options.allow_drop:
         parameters["allow_drop"] = True
@@ -199,9 +199,7 @@ def _build(
         created_utc=now_utc(),
         precision=options.precision,
         model=ModelInfo(kind=KIND, parameters=parameters),
-        input=InputContract(
-            shape=(1, size, size, 3), preprocess=run.preprocess, brightness=(float(grey.min()), float(grey.max()))
-        ),
+        input=InputContract(shape=(1, size, size, 3), preprocess=run.preprocess, brightness=(min(grey), max(grey))),
         outputs=tuple(outputs),
         graphs=graphs.keys,
         thresholds={},
@@ -209,7 +207,7 @@ def _build(
         calibration=calibration,
         golden=tuple(golden),
         golden_tolerance=GOLDEN_TOLERANCE,
-        training={**run.data, "source": run.source},
+        training=run.data,
         versions=package_versions(),
         seed=run.config.seed,
         files={},

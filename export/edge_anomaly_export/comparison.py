@@ -12,7 +12,7 @@ from torch import nn
 from edge_anomaly.data import GOOD, UNSURE
 from edge_anomaly.prediction import Pixels, Predictions, predict, read_pixels, session_scores, torch_scores
 from edge_anomaly.runs import Run
-from edge_anomaly_runtime.errors import UsageError
+from edge_anomaly_runtime.errors import GateError, UsageError
 from edge_anomaly_runtime.progress import say
 from edge_anomaly_runtime.session import Session
 from edge_anomaly_runtime.thresholds import fit_thresholds
@@ -58,9 +58,15 @@ class Comparison:
         return self.judged(predict(torch_scores(model), self.pixels, what="torch", total=len(self.pixels)))
 
     def judge(self, session: Session, what: str) -> Judged:
-        """Return what a loaded graph says, and close it."""
+        """Return what a loaded graph says, and close it.
+
+        Raises:
+            GateError: a score or a map is not finite.
+        """
         predictions = predict(session_scores(session), self.pixels, what=what, total=len(self.pixels))
         session.close()
+        if not (np.isfinite(predictions.scores).all() and np.isfinite(predictions.maps).all()):
+            raise GateError(f"The graph {what} gives scores that are not finite.", "Export with --precision fp32.")
         return self.judged(predictions)
 
     def of_known(self, judged: Judged) -> Judged:

@@ -52,6 +52,8 @@ from .quantising import (
     open_quantiser,
 )
 
+_SAMPLES = 8
+
 # Largest |score - expected| / |expected| of the self-test, on the engine that made the expected values.
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "int8": 5e-2}
 
@@ -126,7 +128,7 @@ def _build(run: Run, out: Path, options: ExportOptions) -> tuple[Manifest, dict[
     say(parity_table(rows))
     gate(failures, options)
     if options.tensorrt:
-        graphs.add_recipe(comparison.pixels[: comparison.holdout])
+        graphs.add_recipe(comparison.pixels[: comparison.holdout], comparison.pixels[:_SAMPLES])
     thresholds = {key: graphs.judged[key].thresholds for key in graphs.keys}
     sessions = {key: partial(graphs.open, key) for key in graphs.keys}
     normal_paths = comparison.paths[: comparison.holdout]

@@ -8,7 +8,7 @@ import onnx
 from onnx import numpy_helper, version_converter
 
 from edge_anomaly_calibration.qdq_graph import HEAD_PREFIX, remove_dead_nodes
-from edge_anomaly_runtime.errors import EdgeAnomalyError
+from edge_anomaly_runtime.errors import ArtefactError
 
 # Scales of Q and DQ may be FP16 from this operator set on.
 TYPED_OPSET = 19
@@ -25,7 +25,7 @@ def with_fp16_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     The head stays as it is: a Gaussian's or a bank's numbers do not bear 11 bits.
 
     Raises:
-        EdgeAnomalyError: a weight is too large for FP16.
+        ArtefactError: a weight is too large for FP16.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -54,7 +54,7 @@ def strongly_typed_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     where a node that stays float reads several tensors.)
 
     Raises:
-        EdgeAnomalyError: a constant is too large for FP16.
+        ArtefactError: a constant is too large for FP16.
     """
     typed = onnx.ModelProto()
     typed.CopyFrom(version_converter.convert_version(model, TYPED_OPSET) if _opset(model) < TYPED_OPSET else model)
@@ -85,6 +85,7 @@ def strongly_typed_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     del typed.graph.node[:], typed.graph.value_info[:]
     typed.graph.node.extend(result)
     remove_dead_nodes(typed)
+    onnx.checker.check_model(typed, full_check=True)
     return typed
 
 
@@ -102,12 +103,14 @@ def _half_constant(model: onnx.ModelProto, value: onnx.TensorProto, least: float
 
 def _half(array: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float16]:
     if not (np.abs(array) <= _LARGEST).all():
-        raise EdgeAnomalyError(f"{name} holds a number too large for FP16.", "Export with --precision fp32.")
+        raise ArtefactError(f"{name} holds a number too large for FP16.", "Export with --precision fp32.")
     return np.asarray(array, dtype=np.float16)
 
 
 def _is_float(node: onnx.NodeProto) -> bool:
-    """Tell whether a node makes a float tensor: shapes and INT8 values keep their types."""
+    """Tell whether a node makes a float tensor: shapes, axes and INT8 values keep their types."""
+    if node.op_type == "Constant":
+        return any(value.name == "value" and value.t.data_type == onnx.TensorProto.FLOAT for value in node.attribute)
     return node.op_type not in ("QuantizeLinear", "Shape", "ArgMax", "ArgMin")
 
 

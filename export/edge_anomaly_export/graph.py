@@ -113,6 +113,12 @@ def _downgrade(model: onnx.ModelProto) -> None:
             node.attribute.append(onnx.helper.make_attribute("axes", axes))
         if node.op_type in _REDUCTIONS or node.op_type == "Resize":
             kept = [attribute for attribute in node.attribute if attribute.name not in _SINCE_18]
+            if any(
+                attribute.i for attribute in node.attribute if attribute.name in ("antialias", "noop_with_empty_axes")
+            ):
+                raise EdgeAnomalyError(
+                    f"{node.name} has an option that opset 17 does not know.", "Export with opset 18."
+                )
             del node.attribute[:]
             node.attribute.extend(kept)
     used = {name for node in model.graph.node for name in node.input}

@@ -14,25 +14,24 @@ from edge_anomaly_runtime.session import PRECISIONS
 class Target:
     """One value of --target.
 
-    extra: what pip must have brought to this machine. engines: who reads the files on the device. only_here: options
-    that mean something with this target alone. note: for the docs.
+    package, extra: what this machine needs for it, and how pip brings it; None where the export's own packages do.
+    engines: who reads the files. note: what is written.
     """
 
+    package: str | None
     extra: str
     engines: tuple[str, ...]
-    only_here: tuple[str, ...]
     note: str
 
 
 TARGETS: dict[str, Target] = {
-    "onnx": Target("export", ("onnxruntime", "openvino"), (), "one ONNX file per precision, read by both CPU engines"),
-    "openvino": Target("openvino", ("openvino",), (), "OpenVINO IR at the bundle's precision, beside the ONNX files"),
-    "tensorrt": Target(
-        "export",
-        ("tensorrt",),
-        ("--trt-version",),
-        "ONNX files and a recipe; the engine is built on the device",
+    "onnx": Target(
+        None, "export", ("onnxruntime", "openvino"), "one ONNX file per precision, read by both CPU engines"
     ),
+    "openvino": Target(
+        "openvino", "openvino", ("openvino",), "OpenVINO IR at the bundle's precision, beside the ONNX files"
+    ),
+    "tensorrt": Target(None, "export", ("tensorrt",), "ONNX files and a recipe; the engine is built on the device"),
 }
 
 MODELS: tuple[str, ...] = (CLASSIFIER, *DETECTORS)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_anomaly_calibration.guard import GuardLimits
 from edge_anomaly_runtime.errors import UsageError, did_you_mean, missing_extra
-from edge_anomaly_runtime.session import ENGINES, PRECISIONS, is_installed
+from edge_anomaly_runtime.session import PRECISIONS
 from edge_anomaly_runtime.thresholds import check_rates
 
 from .graph import OPSET
@@ -18,8 +19,8 @@ from .matrix import LEAST_TENSORRT, TARGETS, TENSORRT_VERSIONS, version_parts
 class ExportOptions:
     """How to export: targets, precision, calibration images, limits of the guard.
 
-    calibration: another run, or a folder of normal images, to calibrate INT8 on. trt_version: the oldest TensorRT that
-    must take the files. opset: None is the newest that all targets take.
+    calibration: another run, or a folder of images, to calibrate INT8 on. trt_version: the oldest TensorRT that must
+    take the files, None is 10.0. opset: None is the newest that all targets take.
     """
 
     targets: tuple[str, ...] = ("openvino",)
@@ -32,7 +33,7 @@ class ExportOptions:
     limits: GuardLimits = field(default_factory=GuardLimits)
     allow_drop: bool = False
     force: bool = False
-    trt_version: str = "10.0"
+    trt_version: str | None = None
     opset: int | None = None
 
     def __post_init__(self) -> None:
@@ -45,12 +46,15 @@ class ExportOptions:
             raise did_you_mean("precision", self.precision, list(PRECISIONS))
         if self.calibration_images < 1:
             raise UsageError(f"{self.calibration_images} calibration images are not possible.", "Give 1 or more.")
-        if self.trt_version not in TENSORRT_VERSIONS:
-            raise did_you_mean("TensorRT version", self.trt_version, list(TENSORRT_VERSIONS))
+        if self.trt_version is not None and not self.tensorrt:
+            raise UsageError(f"--trt-version {self.trt_version} needs --target tensorrt.", "Add it, or leave it out.")
+        if self.least_tensorrt not in TENSORRT_VERSIONS:
+            raise did_you_mean("TensorRT version", self.least_tensorrt, list(TENSORRT_VERSIONS))
         if self.opset is not None and not 17 <= self.opset <= self.newest_opset:
             raise UsageError(
                 f"Opset {self.opset} is not possible.",
-                f"Choose 17 to {self.newest_opset}" + (f" for TensorRT {self.trt_version}." if self.tensorrt else "."),
+                f"Choose 17 to {self.newest_opset}"
+                + (f" for TensorRT {self.least_tensorrt}." if self.tensorrt else "."),
             )
         check_rates(self.alpha_warn, self.alpha_fail)
 
@@ -60,9 +64,14 @@ class ExportOptions:
         return "tensorrt" in self.targets
 
     @property
+    def least_tensorrt(self) -> str:
+        """The oldest TensorRT that must take the files."""
+        return self.trt_version or "10.0"
+
+    @property
     def newest_opset(self) -> int:
         """The newest operator set that all targets take."""
-        return min(OPSET, TENSORRT_VERSIONS[self.trt_version]) if self.tensorrt else OPSET
+        return min(OPSET, TENSORRT_VERSIONS[self.least_tensorrt]) if self.tensorrt else OPSET
 
     @property
     def used_opset(self) -> int:
@@ -72,15 +81,17 @@ class ExportOptions:
 
 def check_requirements(options: ExportOptions) -> None:
     """Refuse a target whose package this machine lacks."""
-    if "openvino" in options.targets and not is_installed("openvino"):
-        raise missing_extra("--target openvino", *ENGINES["openvino"])
+    for name in options.targets:
+        target = TARGETS[name]
+        if target.package is not None and importlib.util.find_spec(target.package) is None:
+            raise missing_extra(f"--target {name}", target.package, target.extra)
 
 
 def check_least_tensorrt(kind: str, options: ExportOptions) -> None:
     """Refuse a TensorRT that lacks an operator of the model."""
     least = LEAST_TENSORRT.get(kind)
-    if options.tensorrt and least is not None and version_parts(options.trt_version) < version_parts(least):
+    if options.tensorrt and least is not None and version_parts(options.least_tensorrt) < version_parts(least):
         raise UsageError(
-            f"{kind} has operators that TensorRT {options.trt_version} does not know.",
+            f"{kind} has operators that TensorRT {options.least_tensorrt} does not know.",
             f"Give --trt-version {least} or newer.",
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,7 @@ class Quantiser:
     ranges: Path
     images: CalibrationImages | StratifiedImages
     _emitted: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    _ranked: dict[str, list[str]] = field(default_factory=dict)
 
     def emit(self, family: str, float_tensors: Sequence[str] = ()) -> onnx.ModelProto:
         """Return the INT8 graph for `cpu` or `tensorrt`, its head not yet fitted; some tensors may stay float."""
@@ -65,15 +66,16 @@ class Quantiser:
             self._emitted[family] = emit(self.float_file, self.ranges)
         return with_float_tensors(self._emitted[family], self.float_model, float_tensors)
 
-    @cached_property
-    def most_damaging(self) -> list[str]:
-        """The tensors whose rounding costs signal, worst first."""
-        shown = list(itertools.islice(self.images, _RANKING_IMAGES))
-        gains = tensor_gains(self.emit(CPU), self.float_model, shown)
-        say("Tensors that lose most by INT8 (signal to noise gained at the head if one stays float):")
-        for name, gain in gains[:5]:
-            say(f"  {gain:5.2f} dB  {name}")
-        return [name for name, gain in gains if gain >= _LEAST_GAIN_DB]
+    def most_damaging(self, family: str) -> list[str]:
+        """Return the tensors of an INT8 graph whose rounding costs signal, worst first."""
+        if family not in self._ranked:
+            shown = list(itertools.islice(self.images, _RANKING_IMAGES))
+            gains = tensor_gains(self.emit(family), self.float_model, shown)
+            say("Tensors that lose most by INT8 (signal to noise gained at the head if one stays float):")
+            for name, gain in gains[:5]:
+                say(f"  {gain:5.2f} dB  {name}")
+            self._ranked[family] = [name for name, gain in gains if gain >= _LEAST_GAIN_DB]
+        return self._ranked[family]
 
     def record(self, float_tensors: dict[str, tuple[str, ...]]) -> Calibration:
         """Return the manifest's entry."""
@@ -106,8 +108,10 @@ def open_quantiser(
         shown = _first(images, "rounding weights")
         model = round_weights(equalized, shown, head_prefix=HEAD_PREFIX, seed=seed)
         onnx.save(model, rounded)
-        ranges = (cache or Path(scratch)) / "ranges.json"
-        measure_ranges(rounded, track(images, "calibrating", images.count), images.sha256(), ranges)
+        kept = (cache or Path(scratch) / "calibration") / "ranges.json"
+        measure_ranges(rounded, track(images, "calibrating", images.count), images.sha256(), kept)
+        # A copy: another export of this run may measure on other images meanwhile.
+        ranges = Path(shutil.copy(kept, Path(scratch) / "ranges.json"))
         quantiser = Quantiser(model, rounded, ranges, images)
         share = quantized_share(quantiser.emit(CPU))
         say(f"{share:.0%} of the backbone's convolutions and matrix products are INT8; the head stays float")
@@ -129,7 +133,7 @@ def calibration_images(run: Run, source: Path | None, *, count: int, seed: int) 
     if not present:
         raise UsageError(
             f"--precision int8 needs calibration images, and the training images of {source or run.path} are gone.",
-            "Give a folder of normal images with --calibration, put them back, or export with --precision fp32.",
+            "Put them back, train again, or export with --precision fp32.",
         )
     return choose_calibration_images(present, run.preprocess, count=count, seed=seed)
 
@@ -151,13 +155,19 @@ def fit_again(run: Run, graph: onnx.ModelProto, *, simulate: bool) -> onnx.Model
     model = only_output(graph, EMBEDDING).SerializeToString()
     session = open_onnxruntime(model, threads=usable_cpus(), fuse=not simulate)
     paths = [path for path in run.fit if path.exists()]
+    if len(paths) < len(run.fit):
+        raise UsageError(
+            f"{len(run.fit) - len(paths)} of the {len(run.fit)} images that {run.path} was fitted on are gone; INT8 "
+            "needs all of them to fit the head again.",
+            "Put them back, train again, or export with --precision fp32.",
+        )
     arrays = refit(run.config, _embeddings(session, paths, run.preprocess))
     session.close()
     return with_head_arrays(graph, arrays)
 
 
 def _embeddings(session: Session, paths: Sequence[Path], spec: Preprocess) -> Iterator[npt.NDArray[np.float32]]:
-    for _, image in track(read_images(paths, spec, bad=[]), "fitting", len(paths)):
+    for _, image in track(read_images(paths, spec, bad=[], strict=True), "fitting", len(paths)):
         yield session.run(image[np.newaxis])[EMBEDDING]
 
 

@@ -10,14 +10,16 @@ import onnx
 from PIL import Image
 
 from edge_anomaly.prediction import Pixels
-from edge_anomaly_runtime.errors import ArtefactError
+from edge_anomaly_runtime.cpu import usable_cpus
+from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
+from edge_anomaly_runtime.errors import ArtefactError, GateError
 from edge_anomaly_runtime.progress import say
 from edge_anomaly_runtime.tensorrt_recipe import RECIPE, BuildFiles, TensorrtRecipe, recipe_bytes
 
 from . import trt_check
 from .fp16 import strongly_typed_fp16
 from .matrix import version_parts
-from .trt_lint import lint
+from .trt_lint import findings_text, lint
 
 # Largest |score - expected| / |expected| on the golden images, `expected` from a float simulation on the CPU. On no
 # device measured: FP16 keeps 11 bits, and integer kernels may round a tie the other way.
@@ -26,6 +28,7 @@ SCORE_TOLERANCE = {"fp32": 2e-3, "fp16": 3e-2, "int8": 1e-1}
 STRONG_NAMES = {"fp16": "tensorrt/model.fp16.onnx", "int8": "tensorrt/model.int8.fp16.onnx"}
 
 _MAX_NORMAL = 200
+_HALF_LIMIT = 0.25
 
 UNVERIFIED = (
     "that the device's own TensorRT builds the engine: `edge-anomaly engine build BUNDLE` there says",
@@ -37,6 +40,7 @@ UNVERIFIED = (
 def tensorrt_files(
     weak: Mapping[str, tuple[str, onnx.ModelProto]],
     normal: Pixels,
+    samples: Pixels,
     *,
     version: str,
     opset: int,
@@ -46,10 +50,12 @@ def tensorrt_files(
     """Return the recipe and its files: graphs for strongly typed builds, and normal images for the thresholds there.
 
     `weak`: by precision, the name and graph of the file for TensorRT up to 10. `normal`: held-out model inputs, uint8
-    [n, height, width, 3]. `version`: the oldest TensorRT that must take the files.
+    [n, height, width, 3]; `samples`: a few of any kind, to compare the graphs for TensorRT 11 with the others on.
+    `version`: the oldest TensorRT that must take the files.
 
     Raises:
         ArtefactError: a file breaks a rule that TensorRT enforces, or NVIDIA's parser or builder refuses it.
+        GateError: a graph in FP16 gives other results than the one it was made of.
     """
     files: dict[str, bytes] = {}
     graphs = {}
@@ -60,6 +66,7 @@ def tensorrt_files(
             strong = STRONG_NAMES[precision]
             typed = strongly_typed_fp16(model)
             check_tensorrt(strong, typed, max(version, "11.0", key=version_parts))
+            _check_half(strong, typed, model, samples)
             files[strong] = typed.SerializeToString()
         graphs[precision] = BuildFiles(weak=name, strong=strong)
     names = []
@@ -83,9 +90,10 @@ def check_tensorrt(name: str, model: onnx.ModelProto, version: str) -> None:
     findings = lint(model, minimum_version=version)
     errors = [finding for finding in findings if finding.severity == "E"]
     if errors:
+        say(findings_text(errors))
         raise ArtefactError(
-            f"{name} breaks {len(errors)} rules of TensorRT {version}; first {errors[0].code} at {errors[0].node}: "
-            f"{errors[0].what}.",
+            f"{name} breaks the rules of TensorRT {version} {len(errors)} times; first {errors[0].code} at "
+            f"{errors[0].node}: {errors[0].what}.",
             errors[0].fix,
         )
     warnings = sorted({finding.code for finding in findings})
@@ -94,12 +102,32 @@ def check_tensorrt(name: str, model: onnx.ModelProto, version: str) -> None:
         say(f"{name}: our rules for TensorRT {version} met{noted}; NVIDIA's parser not tried (extra trt-check)")
         return
     checked = trt_check.check_with_nvidia(model.SerializeToString())
+    if checked.timed_out:
+        say(f"{name}: our rules for TensorRT {version} met{noted}; NVIDIA's builder was stopped before it had ended")
+        return
     if not checked.ok:
         raise ArtefactError(f"NVIDIA's parser or builder refuses {name}: {checked}.", "Report this with the file.")
     say(
         f"{name}: our rules for TensorRT {version} met{noted}; TensorRT for RTX {checked.version} parsed and built it "
         f"in {checked.seconds:.1f} s, {checked.plan_bytes / 1e6:.1f} MB"
     )
+
+
+def _check_half(name: str, typed: onnx.ModelProto, model: onnx.ModelProto, samples: Pixels) -> None:
+    """Run a graph in FP16 and what it was made of: not how near they are is the question, but whether it is whole."""
+    sessions = [
+        open_onnxruntime(graph.SerializeToString(), threads=usable_cpus(), fuse=False) for graph in (typed, model)
+    ]
+    output = model.graph.output[0].name
+    half, expected = (
+        np.concatenate([session.run(image[np.newaxis])[output] for image in samples]) for session in sessions
+    )
+    difference = float(np.abs(half - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+    if not difference <= _HALF_LIMIT:
+        raise GateError(
+            f"{name} computes something else in FP16: {output} is off by {difference:.0%} of its largest value.",
+            "Export with --precision fp32.",
+        )
 
 
 def say_unverified() -> None:

@@ -22,6 +22,8 @@ from edge_anomaly_runtime.errors import EdgeAnomalyError, MissingRequirementErro
 PACKAGE, EXTRA = "tensorrt_rtx", "trt-check"
 TIMEOUT_S = 120.0
 
+_STOPPED = "was stopped"
+
 # Where there is no GPU, every first error is followed by a line on the missing driver.
 _NO_DRIVER = "(cudaError 35:"
 
@@ -52,6 +54,11 @@ class CheckResult:
     log_warnings: tuple[str, ...] = ()
     log_errors: tuple[str, ...] = ()
     crash: str = ""
+
+    @property
+    def timed_out(self) -> bool:
+        """Tell whether the time limit ended the check: that says nothing about the graph."""
+        return self.crash.startswith(_STOPPED)
 
     @property
     def ok(self) -> bool:
@@ -93,7 +100,7 @@ def check_with_nvidia(model: bytes, *, timeout_s: float = TIMEOUT_S) -> CheckRes
     try:
         process = subprocess.run(command, input=model, capture_output=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
-        return CheckResult(crash=f"was stopped after {timeout_s:g} s")
+        return CheckResult(crash=f"{_STOPPED} after {timeout_s:g} s")
     output, error = (stream.decode(errors="replace").strip() for stream in (process.stdout, process.stderr))
     if process.returncode < 0:
         return CheckResult(crash=f"crashed ({_signal_name(-process.returncode)})")

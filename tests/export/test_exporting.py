@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -12,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -29,12 +29,12 @@ from edge_anomaly.data import GOOD, UNSURE
 from edge_anomaly.padim import Padim, fit_gaussian, head_arrays
 from edge_anomaly.prediction import read_pixels
 from edge_anomaly.runs import Run, load_run
-from edge_anomaly_calibration.guard import GuardLimits, rank_correlation
+from edge_anomaly_calibration.guard import GuardLimits
 from edge_anomaly_calibration.qdq_graph import quantized_share
 from edge_anomaly_calibration.rounding import round_weights
 from edge_anomaly_calibration.selection import choose_calibration_images
+from edge_anomaly_export import assembling, exporting, quantising
 from edge_anomaly_export import comparison as comparison_module
-from edge_anomaly_export import exporting, quantising
 from edge_anomaly_export.comparison import read_comparison
 from edge_anomaly_export.exporting import export_run
 from edge_anomaly_export.graph import onnx_from_detector, with_head_arrays
@@ -360,30 +360,29 @@ def test_second_int8_export_reuses_the_ranges(
 # Other CPUs
 
 
-def test_int8_scores_alike_without_dot_product_instructions(bundle: Bundle, holdout: Pixels) -> None:
-    """OpenVINO is told to use AVX2 only: its INT8 kernels saturate there where the ranges leave no room."""
+def test_int8_is_refused_without_dot_product_instructions_and_the_self_test_says_why(bundle: Bundle) -> None:
+    """OpenVINO is told to use AVX2 only; there its INT8 kernels saturate and scores are several times too high."""
     code = """if True:
-        import sys, numpy as np
+        import sys
+        import edge_anomaly_runtime.session as session
         from edge_anomaly_runtime.scoring import open_scorer
-        pixels = np.load(sys.argv[2])
-        with open_scorer(sys.argv[1], engine="openvino", precision="int8") as scorer:
-            print(" ".join(str(scorer.score_pixels(image).score) for image in pixels))
+        from edge_anomaly_runtime.selftest import run_selftest
+        if sys.argv[2] == "anyway":
+            session.int8_instructions = lambda: ["pretended"]
+        with open_scorer(sys.argv[1], engine="openvino", precision=sys.argv[3]) as scorer:
+            print(scorer.precision, sum(check.ok for check in run_selftest(scorer)))
     """
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "pixels.npy", holdout)
-        arguments = [sys.executable, "-c", code, str(bundle.path), str(Path(folder) / "pixels.npy")]
-        with_dots, without = (
-            np.array(
-                subprocess.run(
-                    arguments, env={**os.environ, **extra}, check=True, capture_output=True, text=True
-                ).stdout.split(),
-                dtype=np.float64,
-            )
-            for extra in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"})
-        )
-    assert with_dots.size == len(holdout)
-    assert np.abs(without / with_dots - 1).max() < 0.15
-    assert rank_correlation(without, with_dots) > 0.9
+
+    def run(how: str, precision: str) -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-c", code, str(bundle.path), how, precision]
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+        return subprocess.run(arguments, env=environment, capture_output=True, text=True)
+
+    assert run("", "auto").stdout.split() == ["fp32", "8"]
+    refused = run("", "int8")
+    assert refused.returncode != 0 and "no INT8 dot-product instructions" in refused.stderr
+    precision, passed = run("anyway", "int8").stdout.split()
+    assert precision == "int8" and int(passed) < 8, "if it passes, INT8 need not be refused any more"
 
 
 # The gate
@@ -493,7 +492,8 @@ def test_a_run_without_weights_is_refused(run_copy: Path, tmp_path: Path) -> Non
 
 
 def test_missing_openvino_says_what_to_type(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "is_installed", lambda engine: engine != "openvino")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find_spec(name))
     with pytest.raises(MissingRequirementError, match="--target openvino needs the package openvino") as raised:
         export_run(run_folder, tmp_path / "a.eab", ExportOptions(("onnx", "openvino")))
     assert raised.value.hint == 'Run: pip install "edge-anomaly[openvino]"'
@@ -504,7 +504,7 @@ def test_missing_openvino_says_what_to_type(run_folder: Path, tmp_path: Path, mo
 def test_without_openvino_the_onnx_target_serves_the_other_engine(
     prepared_once: None, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "is_installed", lambda engine: engine != "openvino")
+    monkeypatch.setattr(assembling, "is_installed", lambda engine: engine != "openvino")
     manifest = export_run(run_copy, tmp_path / "a.eab", ExportOptions(("onnx",), "fp32"))
     assert manifest.graphs == {"onnxruntime/fp32": "model.onnx"}
 

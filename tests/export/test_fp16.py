@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from edge_anomaly_export.fp16 import strongly_typed_fp16, with_fp16_weights
 from edge_anomaly_export.graph import EMBEDDING, without_output
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
-from edge_anomaly_runtime.errors import EdgeAnomalyError
+from edge_anomaly_runtime.errors import ArtefactError
 from tests.export.conftest import HEIGHT, WIDTH, Trace
 
 
@@ -75,5 +75,5 @@ def test_a_weight_too_large_for_half_is_refused(model: onnx.ModelProto, convert:
     }
     value = next(value for value in wrong.graph.initializer if value.name in weights and len(value.dims) == 4)
     value.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(value) * np.float32(1e6), value.name))
-    with pytest.raises(EdgeAnomalyError, match=r"too large for FP16"):
+    with pytest.raises(ArtefactError, match=r"too large for FP16"):
         convert(wrong)  # type: ignore[operator]

@@ -161,9 +161,9 @@ def test_the_rest_of_the_matrix(kind: str, precision: str, runs: dict[str, Path]
     }
 
 
-@pytest.mark.parametrize("kind", ["padim", "vit-knn"])
-def test_opset_17_serves_an_older_tensorrt(kind: str, runs: dict[str, Path], tmp_path: Path) -> None:
-    export(kind, "fp32", runs, tmp_path / "old.eab", trt_version="8.6")
+@pytest.mark.parametrize(("kind", "precision"), [("padim", "int8"), ("vit-knn", "fp32"), ("autoencoder", "fp16")])
+def test_opset_17_serves_an_older_tensorrt(kind: str, precision: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    export(kind, precision, runs, tmp_path / "old.eab", trt_version="8.6")
     bundle = read_bundle(tmp_path / "old.eab")
     model = onnx.load_from_string(bundle.read("model.onnx"))
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
@@ -179,7 +179,7 @@ def test_a_tensorrt_without_layer_normalisation_is_refused(runs: dict[str, Path]
         ExportOptions(("tensorrt",), trt_version="8.6", opset=18)
 
 
-def test_a_classifier_bundle_names_classes(int8_bundles: dict[str, Bundle]) -> None:
+def test_a_classifier_bundle_names_classes(int8_bundles: dict[str, Bundle], runs: dict[str, Path]) -> None:
     bundle = int8_bundles["classifier"]
     with open_scorer(bundle.path, engine="onnxruntime", precision="int8") as scorer:
         results = [scorer.score_pixels(picture(bundle, index)[0]) for index in range(6)]
@@ -197,8 +197,14 @@ def test_a_classifier_bundle_names_classes(int8_bundles: dict[str, Bundle]) -> N
     assert all(check.ok for check in checks) and len(checks) == 8
     assert bundle.manifest.thresholds == {}
     figures = evaluate_classifier_bundle(
-        bundle.path, None, engine="onnxruntime", precision="int8", report=None, strict=False
+        bundle.path,
+        str(runs["classifier"].parent / "data"),
+        engine="onnxruntime",
+        precision="int8",
+        report=None,
+        strict=False,
     )
+    assert figures["scored_by"] == "onnxruntime int8"
     row = next(row for row in bundle.manifest.parity if row.backend == "onnxruntime int8")
     assert figures["accuracy"] == pytest.approx(row.accuracy)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from edge_anomaly_export import tensorrt_target, trt_check
 from edge_anomaly_export.tensorrt_target import check_tensorrt, say_unverified, tensorrt_files
 from edge_anomaly_export.trt_check import CheckResult, ParserError
-from edge_anomaly_runtime.errors import ArtefactError
+from edge_anomaly_runtime.errors import ArtefactError, GateError
 from edge_anomaly_runtime.tensorrt_recipe import RECIPE, parse_recipe
 
 
@@ -43,7 +43,9 @@ def without_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_rule_is_named_with_its_node_and_cure(without_nvidia: None) -> None:
-    with pytest.raises(ArtefactError, match=r"model\.onnx breaks 1 rules .* TRT024 at backbone/Transpose") as raised:
+    with pytest.raises(
+        ArtefactError, match=r"model\.onnx breaks the rules .* 1 times; first TRT024 at backbone/Transpose"
+    ) as raised:
         check_tensorrt("model.onnx", doubled(transpose_first=True), "10.0")
     assert "Cast" in raised.value.hint
 
@@ -68,6 +70,7 @@ def test_the_recipe_packs_normal_images_up_to_a_limit(without_nvidia: None, monk
     files = tensorrt_files(
         {"fp32": ("model.onnx", doubled()), "fp16": ("model.onnx", doubled())},
         normal,
+        normal[:2],
         version="8.6",
         opset=17,
         alpha_warn=0.05,
@@ -89,3 +92,33 @@ def test_what_could_not_be_verified_is_listed(capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Not verified here, and where it will be:"
     assert len(lines) == 1 + len(tensorrt_target.UNVERIFIED)
+
+
+def test_a_graph_that_computes_something_else_in_half_is_refused(
+    without_nvidia: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = doubled()
+    next(value for value in wrong.graph.initializer if value.name == "two").CopyFrom(
+        numpy_helper.from_array(np.asarray(3, dtype=np.float32), "two")
+    )
+    monkeypatch.setattr(tensorrt_target, "strongly_typed_fp16", lambda model: wrong)
+    images = np.full((2, 4, 4, 3), 100, dtype=np.uint8)
+    with pytest.raises(GateError, match=r"tensorrt/model\.fp16\.onnx computes something else .* off by 50%"):
+        tensorrt_files(
+            {"fp16": ("model.onnx", doubled())},
+            images,
+            images,
+            version="10.0",
+            opset=17,
+            alpha_warn=0.05,
+            alpha_fail=0.01,
+        )
+
+
+def test_a_check_that_was_stopped_refuses_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trt_check, "is_installed", lambda: True)
+    monkeypatch.setattr(trt_check, "check_with_nvidia", lambda model: CheckResult(crash="was stopped after 120 s"))
+    check_tensorrt("model.onnx", doubled(), "10.0")
+    assert "NVIDIA's builder was stopped before it had ended" in capsys.readouterr().err
