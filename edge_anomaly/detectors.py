@@ -1,4 +1,4 @@
-"""The five detectors by name: where to find what a run, an export or a command needs of each."""
+"""The six detectors by name: where to find what a run, an export or a command needs of each."""
 
 from __future__ import annotations
 

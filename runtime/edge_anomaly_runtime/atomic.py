@@ -52,6 +52,55 @@ def new_folder(final: Path, *, force: bool = False) -> Iterator[Path]:
         _OWN.discard(temporary.name)
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` during the body, waiting for whoever holds it, in other containers too.
+
+    The kernel gives the lock of a killed process back. The file is removed at the end.
+
+    Raises:
+        UsageError: the lock file cannot be created there.
+        OutputError: the disk is full or failed.
+    """
+    handle = _lock(path, wait=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+def is_free(path: Path) -> bool:
+    """Tell whether nobody holds the lock file `path`."""
+    try:
+        handle = _lock(path, wait=False)
+    except BlockingIOError:
+        return False
+    path.unlink()
+    os.close(handle)
+    return True
+
+
+def _lock(path: Path, *, wait: bool) -> int:
+    import fcntl  # here, as Windows has none: only engines of TensorRT are locked
+
+    while True:
+        with disk_errors(path), _denied_as_usage(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # The holder before has removed the file that was waited for: a third one may hold its successor.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents; one that is there is fine.
 
@@ -146,6 +195,12 @@ def _remove_leftovers(final: Path) -> None:
         found = pattern.fullmatch(entry.name)
         if found and entry.name not in _OWN and not _is_another_process(int(found[1])):
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def leftover_name(temporary: Path) -> str | None:
+    """Return the name that a temporary folder of `new_folder` was to get; None where it is none of those."""
+    found = re.fullmatch(re.escape(_TMP_PREFIX) + r"(.+)-[0-9]{1,9}-[0-9a-f]{8}(-old)?", temporary.name)
+    return found[1] if found else None
 
 
 def _is_another_process(pid: int) -> bool:

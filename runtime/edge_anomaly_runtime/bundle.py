@@ -226,9 +226,9 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     return manifest.model_dump_json(by_alias=True, indent=1).encode() + b"\n"
 
 
-def digest_line(manifest: bytes) -> bytes:
-    """Return the content of manifest.sha256, in the form that `sha256sum --check` reads."""
-    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+def digest_line(data: bytes, name: str = MANIFEST) -> bytes:
+    """Return the content of a file's digest file (manifest.sha256), in the form that `sha256sum --check` reads."""
+    return f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode()
 
 
 def file_entry(data: bytes) -> FileEntry:

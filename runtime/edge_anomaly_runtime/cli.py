@@ -327,7 +327,7 @@ def engine_list(as_json: JsonOption = False) -> None:
 @engine_app.command("clean")
 def engine_clean(
     everything: Annotated[
-        bool, typer.Option("--all", help="Remove every engine and every timing cache; needs no GPU.")
+        bool, typer.Option("--all", help="Remove every engine, timing cache and leftover; needs no GPU.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -365,6 +365,7 @@ def doctor(as_json: JsonOption = False) -> None:
         print(f"{name:18} {found or '-'}")
     tensorrt = report["tensorrt"]
     print(f"{'nvidia driver':18} {tensorrt['driver']}")
+    print(f"{'cuda runtime':18} {tensorrt['cuda_runtime']}")
     print(f"{'tensorrt package':18} {tensorrt['package']}")
     if tensorrt["l4t"]:
         print(f"{'jetson':18} L4T {tensorrt['l4t']}, power mode {tensorrt['power_mode'] or 'unknown'}")

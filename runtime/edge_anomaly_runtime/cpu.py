@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_LEVELS_WITHOUT_INT8 = {"SSE41", "AVX", "AVX2", "AVX512_CORE"}
 _INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 
 
@@ -74,7 +75,12 @@ def cpu_flags() -> frozenset[str]:
 
 
 def int8_instructions() -> list[str]:
-    """Return which INT8 dot-product instructions the CPU has; INT8 models pay only where there is one."""
+    """Return which INT8 dot-product instructions the CPU has; without one, INT8 kernels saturate and scores are wrong.
+
+    ONEDNN_MAX_CPU_ISA, which tells OpenVINO to use older instructions only, counts as such a CPU.
+    """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _LEVELS_WITHOUT_INT8:
+        return []
     return sorted(_INT8_FLAGS & cpu_flags())
 
 

@@ -10,6 +10,7 @@ import ctypes
 import glob
 import math
 import sys
+from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ _FOLDERS = (
 )
 
 _INTEGRATED, _SM_MAJOR, _SM_MINOR = 18, 75, 76  # cudaDeviceAttr
+_DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver
 _CAPTURE_THREAD_LOCAL = 1  # calls of other threads do not spoil the capture
 
 # The handles of streams, events and graphs are pointers: without argtypes ctypes would cut them to 32 bits.
@@ -40,6 +42,7 @@ _RUNTIME_CALLS: dict[str, list[Any]] = {
     "cudaSetDevice": [c_int],
     "cudaDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
     "cudaRuntimeGetVersion": [POINTER(c_int)],
+    "cudaGetLastError": [],
     "cudaMemGetInfo": [POINTER(c_size_t), POINTER(c_size_t)],
     "cudaMalloc": [POINTER(c_void_p), c_size_t],
     "cudaFree": [c_void_p],
@@ -77,7 +80,7 @@ class CudaError(MissingRequirementError):
     def __init__(self, call: str, code: int, text: str) -> None:
         super().__init__(
             f"{call} failed: {text} (CUDA error {code}).",
-            "Free GPU memory, or restart the process; `edge-anomaly doctor` shows driver and device.",
+            _CALL_HINTS.get(code, "Free GPU memory, or restart the process; see `edge-anomaly doctor`."),
         )
         self.code = code
 
@@ -97,13 +100,13 @@ class Device:
 class Cuda:
     """The CUDA runtime with checked calls; pointers and handles are plain integers.
 
-    `open_cuda` makes one. Each method raises CudaError with CUDA's own words where the call fails.
+    `open_cuda` makes one. Each method raises CudaError with CUDA's own words where the call fails. `name`: of the
+    runtime library, for messages.
     """
 
-    def __init__(self, runtime: Any, driver: Any) -> None:
-        self._runtime = _with_signatures(runtime, _RUNTIME_CALLS)
-        self._driver = _with_signatures(driver, _DRIVER_CALLS)
-        self._runtime.cudaGetErrorString.argtypes = [c_int]
+    def __init__(self, runtime: Any, driver: Any, name: str = "libcudart.so") -> None:
+        self._runtime = _with_signatures(runtime, {**_RUNTIME_CALLS, "cudaGetErrorString": [c_int]}, name)
+        self._driver = _with_signatures(driver, _DRIVER_CALLS, _DRIVER)
         self._runtime.cudaGetErrorString.restype = c_char_p
         self._call("cudaSetDevice", 0)
 
@@ -200,6 +203,10 @@ class Cuda:
         finally:
             self._call("cudaGraphDestroy", graph)
 
+    def forget_error(self) -> None:
+        """Clear the error that CUDA keeps for the next one who asks, which may be TensorRT after a good call."""
+        self._runtime.cudaGetLastError()
+
     def launch(self, recording: int, stream: int) -> None:
         """Queue a recording."""
         self._call("cudaGraphLaunch", recording, stream)
@@ -236,25 +243,42 @@ class Cuda:
 def open_cuda() -> Cuda:
     """Load driver and runtime library and choose the first device.
 
+    The newest library counts that has all that is needed and is not too new for the driver.
+
     Raises:
-        MissingRequirementError: there is no driver, it does not start (with its code), it sees no device, or
-            libcudart is nowhere.
+        MissingRequirementError: there is no driver, it does not start (with its code), it sees no device, or there is
+            no libcudart that it can be used with.
     """
     driver = _open_driver()
-    runtime = _load_runtime()
-    if runtime is None:
-        raise MissingRequirementError(
-            f"There is an NVIDIA driver, but no CUDA runtime library ({', '.join(_RUNTIMES)}).",
-            "On a Jetson: sudo apt install nvidia-jetpack. Elsewhere: install CUDA, or add its folder to "
-            "LD_LIBRARY_PATH.",
-        )
-    return Cuda(runtime, driver)
+    faults: list[MissingRequirementError] = []
+    for name, runtime in _runtimes():
+        try:
+            return Cuda(runtime, driver, name)
+        except MissingRequirementError as error:
+            if isinstance(error, CudaError) and error.code != _DRIVER_TOO_OLD:
+                raise
+            faults.append(error)
+    if faults:
+        raise faults[0]
+    raise MissingRequirementError(
+        f"There is an NVIDIA driver, but no CUDA runtime library ({', '.join(_RUNTIMES)}).",
+        "On a Jetson: sudo apt install nvidia-jetpack. Elsewhere: install CUDA, or add its folder to LD_LIBRARY_PATH.",
+    )
 
 
 def driver_fault() -> str | None:
     """Say why the NVIDIA driver cannot be used, in one sentence; None when it can. Nothing but the driver is loaded."""
     try:
         _open_driver()
+    except MissingRequirementError as error:
+        return error.what
+    return None
+
+
+def runtime_fault() -> str | None:
+    """Say why CUDA cannot be used although there is a driver, in one sentence; None when it can."""
+    try:
+        open_cuda()
     except MissingRequirementError as error:
         return error.what
     return None
@@ -290,7 +314,7 @@ def _open_driver() -> Any:
             "TensorRT needs an NVIDIA GPU. In a container, start it with --runtime nvidia; else use --engine "
             "onnxruntime.",
         )
-    driver = _with_signatures(library, _DRIVER_CALLS)
+    driver = _with_signatures(library, _DRIVER_CALLS, _DRIVER)
     if code := driver.cuInit(0):
         raise MissingRequirementError(
             f"The NVIDIA driver does not start: cuInit gave CUDA error {code}.", _INIT_HINTS.get(code, _DRIVER_HINT)
@@ -304,15 +328,15 @@ def _open_driver() -> Any:
     return driver
 
 
-def _load_runtime() -> Any | None:
+def _runtimes() -> Iterator[tuple[str, Any]]:
+    """Load every libcudart there is, one at a time, and yield it with its name."""
     for name in _RUNTIMES:
         if library := _load(name):
-            return library
+            yield name, library
     for pattern in _FOLDERS:
         for path in sorted(glob.glob(f"{pattern}/libcudart.so*"), reverse=True):
             if library := _load(path):
-                return library
-    return None
+                yield path, library
 
 
 def _load(name: str) -> Any | None:
@@ -322,15 +346,24 @@ def _load(name: str) -> Any | None:
         return None
 
 
-def _with_signatures(library: Any, calls: dict[str, list[Any]]) -> Any:
+def _with_signatures(library: Any, calls: dict[str, list[Any]], library_name: str) -> Any:
     for name, arguments in calls.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise MissingRequirementError(
+                f"{library_name} has no function {name}: it is too old.",
+                "Install CUDA 11.4 or newer, or update JetPack.",
+            )
         function.argtypes = arguments
         function.restype = c_int
     return library
 
 
 _DRIVER_HINT = "Restart the machine; if that does not help, install the driver that belongs to its CUDA version."
+_CALL_HINTS = {
+    _DRIVER_TOO_OLD: "The CUDA library is newer than the driver: update the driver, or install a CUDA that it supports "
+    "(`nvidia-smi` shows which).",
+}
 _INIT_HINTS = {
     100: "No CUDA device is visible: check CUDA_VISIBLE_DEVICES, and `--runtime nvidia` in a container.",
     803: "The driver's kernel part and library have different versions: restart the machine after a driver update.",

@@ -8,7 +8,7 @@ import platform
 from typing import Any
 
 from .cpu import cpu_name, int8_instructions, usable_cpus
-from .cuda import available_memory, driver_fault
+from .cuda import available_memory, driver_fault, runtime_fault
 from .jetson import l4t_release, power_mode
 from .session import CPU_ENGINES, ENGINES
 from .tensorrt_library import tensorrt_state
@@ -33,9 +33,10 @@ _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def examine() -> dict[str, Any]:
-    """Return a JSON-ready description of CPU, packages, engines and TensorRT; nothing heavy is imported.
+    """Return a JSON-ready description of CPU, packages, engines and TensorRT.
 
-    An engine is true where its package (TensorRT: and its driver) can be used.
+    Of the large packages only TensorRT is imported: nothing less tells whether its libraries are there. An engine is
+    true where its package (TensorRT: and driver and CUDA runtime) can be used.
     """
     packages = {name: _version(name) for name in _PACKAGES}
     tensorrt = _tensorrt()
@@ -58,13 +59,15 @@ def examine() -> dict[str, Any]:
 
 
 def _tensorrt() -> dict[str, Any]:
-    """Tell apart why TensorRT cannot be used: the driver, and the package with its native libraries."""
-    fault = driver_fault()
+    """Tell apart why TensorRT cannot be used: the driver, CUDA's library, and the package with its own."""
+    driver = driver_fault()
+    runtime = "not looked for without a driver" if driver else runtime_fault()
     state, detail, hint = tensorrt_state()
     memory = available_memory()
     return {
-        "usable": fault is None and state == "ok",
-        "driver": fault or "ok",
+        "usable": driver is None and runtime is None and state == "ok",
+        "driver": driver or "ok",
+        "cuda_runtime": runtime or "ok",
         "package": state,
         "detail": detail,
         "hint": hint,
@@ -81,6 +84,8 @@ def _advice(packages: dict[str, str | None], tensorrt: dict[str, Any]) -> list[s
         lines.append(f"{tensorrt['detail']} {tensorrt['hint']}")
     if tensorrt["driver"] != "ok" and (tensorrt["package"] == "ok" or tensorrt["l4t"] is not None):
         lines.append(f"TensorRT cannot be used: {tensorrt['driver']}")
+    elif tensorrt["driver"] == "ok" and tensorrt["cuda_runtime"] != "ok":
+        lines.append(f"TensorRT cannot be used: {tensorrt['cuda_runtime']}")
     for engine in CPU_ENGINES:
         package, extra = ENGINES[engine]
         if packages[package] is None:

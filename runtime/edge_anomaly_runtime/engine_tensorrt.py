@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy.typing as npt
 from .bundle import Bundle, Thresholds
 from .cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, Cuda, CudaError, open_cuda
 from .errors import ArtefactError, EdgeAnomalyError, MissingRequirementError, UsageError
+from .progress import say
 from .session import SessionInfo
 from .tensorrt_cache import build_command, find_engine, parts_of, read_plan, this_machine
 from .tensorrt_layers import EngineLayers, read_layers
-from .tensorrt_library import load_tensorrt, not_none, shared_logger, with_log
+from .tensorrt_library import load_tensorrt, not_none, shared_logger, started, with_log
 from .tensorrt_recipe import read_recipe
 
 # By name, and not trt.nptype, which fails with newer numpy in old versions.
@@ -59,7 +61,7 @@ class TensorrtSession:
         logger = shared_logger(trt)
         if init_plugins := getattr(trt, "init_libnvinfer_plugins", None):
             init_plugins(logger, "")
-        self._runtime = not_none(trt.Runtime(logger), "TensorRT's runtime does not start.", _DOCTOR)
+        self._runtime = started(trt.Runtime, trt, "TensorRT's runtime does not start.")
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         try:
             not_none(self._engine, f"TensorRT {trt.__version__} refuses the engine.", _REBUILD)
@@ -101,18 +103,37 @@ class TensorrtSession:
         return {buffer.name: np.array(_part(buffer.host, shape), dtype=np.float32) for buffer, shape in outputs}
 
     def close(self) -> None:
-        """Free recording, context, engine, runtime and then the buffers; a second call does nothing."""
-        self._forget_recording()  # it runs the context's kernels
+        """Wait for the stream, then free recording, context, engine, runtime and buffers; a second call does nothing.
+
+        A CUDA that refuses to free is told, not raised: mostly the run before has failed, and its error is the one to
+        read.
+        """
+        cuda = self._cuda
+        faults: list[CudaError] = []
+
+        def attempt(call: Callable[[Any], None], argument: Any) -> None:
+            try:
+                call(argument)
+            except CudaError as error:
+                faults.append(error)
+
+        stream, self._stream = self._stream, 0
+        recording, self._recording = self._recording, 0
+        buffers, self._buffers = self._buffers, []
+        if stream:
+            attempt(cuda.synchronize, stream)  # a run that failed half-way has left work that uses the buffers
+        if recording:
+            attempt(cuda.free_recording, recording)  # before the context, whose kernels it runs
         self._context = None
         self._engine = None
         self._runtime = None
-        for buffer in self._buffers:
-            self._cuda.free(buffer.device)
-            self._cuda.free_pinned(buffer.host)
-        self._buffers = []
-        if self._stream:
-            self._cuda.free_stream(self._stream)
-            self._stream = 0
+        for buffer in buffers:
+            attempt(cuda.free, buffer.device)
+            attempt(cuda.free_pinned, buffer.host)
+        if stream:
+            attempt(cuda.free_stream, stream)
+        if faults:
+            say(f"not all of the engine was freed: {faults[0].what}")
 
     def layers(self, float_prefix: str = "head/") -> EngineLayers:
         """Ask the engine what its layers compute in."""
@@ -143,7 +164,8 @@ class TensorrtSession:
         try:
             device = self._cuda.malloc(max(host.nbytes, 1))
         except CudaError:
-            self._cuda.free_pinned(host)
+            with contextlib.suppress(CudaError):
+                self._cuda.free_pinned(host)
             raise
         self._buffers.append(_Buffer(name, host, device, is_input))
         if not self._context.set_tensor_address(name, device):
@@ -180,12 +202,13 @@ class TensorrtSession:
                 raise
             self._recording = self._cuda.end_capture(self._stream)
         except (CudaError, ArtefactError) as error:
+            self._cuda.forget_error()  # else TensorRT takes it for the result of its next launch
             self.cuda_graph = f"not possible: {error.what.splitlines()[0]}"
 
     def _forget_recording(self) -> None:
-        if self._recording:
-            self._cuda.free_recording(self._recording)
-            self._recording = 0
+        recording, self._recording = self._recording, 0
+        if recording:
+            self._cuda.free_recording(recording)
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream):
@@ -258,4 +281,3 @@ def _part(host: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
 
 _REBUILD = "Build the engine again: edge-anomaly engine build BUNDLE --force"
 _MEMORY = "Close other programs that use the GPU, then try again."
-_DOCTOR = "See `edge-anomaly doctor`."

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .atomic import disk_errors, new_folder
-from .bundle import CLASSIFIER, Bundle, GoldenImage, Thresholds, read_bundle
+from .atomic import disk_errors, is_free, locked, new_folder
+from .bundle import CLASSIFIER, Bundle, Thresholds, read_bundle
 from .cuda import Cuda, open_cuda, usable_memory
 from .engine_tensorrt import TensorrtSession
 from .errors import ArtefactError, GateError, ImageError, MissingRequirementError, UsageError
@@ -34,7 +34,6 @@ from .selftest import GoldenCheck, run_selftest
 from .session import PRECISIONS
 from .tensorrt_cache import (
     PLAN,
-    RECORD,
     EngineParity,
     EngineParts,
     EngineRecord,
@@ -42,15 +41,16 @@ from .tensorrt_cache import (
     cache_folder,
     engine_key,
     find_engine,
+    lock_path,
     parts_of,
     read_plan,
-    record_bytes,
     this_machine,
+    write_record,
 )
 from .tensorrt_layers import EngineLayers
 from .tensorrt_library import load_tensorrt
 from .tensorrt_plan import MIB, Plan, PlanOptions, build_plan
-from .tensorrt_recipe import TensorrtRecipe, read_recipe, score_tolerance
+from .tensorrt_recipe import TensorrtRecipe, build_files, read_recipe, score_tolerance
 from .thresholds import fit_thresholds
 
 # Rules of thumb: what CUDA, TensorRT and its kernels take besides the graph, and how often a build holds the weights.
@@ -86,9 +86,9 @@ def build_engine(
 
     Raises:
         MissingRequirementError: no driver, device or TensorRT, or too little memory.
-        UsageError: the bundle lacks the precision, or `calibration` has no readable image.
+        UsageError: the bundle lacks the precision, or `calibration` has no readable image; before the build.
         ArtefactError: bundle, recipe or graph is refused, or no engine comes out.
-        GateError: the engine does not give the golden images their scores; it is thrown away.
+        GateError: the engine does not give the golden images their scores, or normal ones none; it is thrown away.
     """
     if precision not in ("auto", *PRECISIONS):
         raise UsageError(f"Unknown precision {precision!r}.", f"Choose one of: auto, {', '.join(PRECISIONS)}.")
@@ -97,27 +97,30 @@ def build_engine(
     bundle = read_bundle(path)
     recipe = read_recipe(bundle)
     precision = bundle.manifest.precision if precision == "auto" else precision
+    build_files(recipe, precision)  # first: an absent precision is the user's matter, whatever the device lacks
     tolerance = score_tolerance(recipe, precision)
     cuda = open_cuda()
     trt = load_tensorrt()
     machine = this_machine(trt, cuda)
     parts = parts_of(bundle, recipe, precision, machine)
     folder = cache_folder() / engine_key(parts)
-    if not force and (record := _present(bundle, parts)):
-        if calibration is not None:
-            raise UsageError(
-                "The engine is built already, with its thresholds.", "Pass --force to build it with --calibration."
-            )
+    if not force and (record := _present(bundle, parts, calibration)):
         return BuiltEngine(record, folder, new=False)
     normal = _normal_images(bundle, recipe, calibration)  # before the long part, so that a wrong folder is told at once
-    with _replaced_folder(folder) as temporary:
-        graph = bundle.read(parts.graph)
-        workspace, notes = _workspace(cuda, len(graph), recipe, workspace_mib)
-        say(f"building for {machine.device} with TensorRT {machine.tensorrt}; this may take minutes")
-        plan = build_plan(trt, graph, _options(machine, precision, recipe, bundle, workspace), _timing_cache(machine))
-        record, more = _checked_record(cuda, trt, bundle, recipe, parts, plan, tolerance, normal)
-        (temporary / PLAN).write_bytes(plan.data)
-        (temporary / RECORD).write_bytes(record_bytes(record))
+    if not is_free(lock_path(folder)):
+        say("another process builds this engine; waiting for it")
+    with locked(lock_path(folder)):
+        if not force and (record := _present(bundle, parts, calibration)):  # the other one was quicker
+            return BuiltEngine(record, folder, new=False)
+        with _replaced_folder(folder) as temporary:
+            graph = bundle.read(parts.graph)
+            workspace, notes = _workspace(cuda, len(graph), recipe, workspace_mib)
+            say(f"building for {machine.device} with TensorRT {machine.tensorrt}; this may take minutes")
+            options = _options(machine, precision, recipe, bundle, workspace)
+            plan = build_plan(trt, graph, options, _timing_cache(machine))
+            record, more = _checked_record(cuda, trt, bundle, recipe, parts, plan, tolerance, normal)
+            (temporary / PLAN).write_bytes(plan.data)
+            write_record(temporary, record)
     return BuiltEngine(record, folder, new=True, notes=(*notes, *more))
 
 
@@ -132,8 +135,12 @@ def _replaced_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _present(bundle: Bundle, parts: EngineParts) -> EngineRecord | None:
-    """Return the record of an engine that fits and is whole; one that is not will be built anew."""
+def _present(bundle: Bundle, parts: EngineParts, calibration: Path | None) -> EngineRecord | None:
+    """Return the record of an engine that fits and is whole; one that is not will be built anew.
+
+    Raises:
+        UsageError: `calibration` would be of no use.
+    """
     try:
         found = find_engine(bundle, parts)
         if found is None:
@@ -142,6 +149,10 @@ def _present(bundle: Bundle, parts: EngineParts) -> EngineRecord | None:
     except ArtefactError as error:
         say(f"building anew: {error.what}")
         return None
+    if calibration is not None:
+        raise UsageError(
+            "The engine is built already, with its thresholds.", "Pass --force to build it with --calibration."
+        )
     return found[0]
 
 
@@ -196,8 +207,8 @@ def _checked_record(
     session = TensorrtSession(cuda, trt, plan.data)
     try:
         layers = session.layers(recipe.float_prefix)
-        parity = _parity(bundle, session, parts.precision, tolerance)
-        thresholds = None if normal is None else _thresholds(session, recipe, normal)
+        parity = _parity(bundle, recipe, session, parts.precision, tolerance)
+        thresholds = None if normal is None else _thresholds(session, recipe, normal, parts.precision)
     finally:
         session.close()
     record = EngineRecord(
@@ -231,12 +242,11 @@ def _layer_notes(layers: EngineLayers, precision: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _parity(bundle: Bundle, session: TensorrtSession, precision: str, tolerance: float) -> EngineParity:
-    if bundle.manifest.model.kind == CLASSIFIER:
-        checks = _logit_checks(bundle, session, f"tensorrt/{precision}", tolerance)
-    else:
-        scorer = Scorer(bundle, session, engine="tensorrt", precision=precision)
-        checks = run_selftest(scorer, tolerance=tolerance)
+def _parity(
+    bundle: Bundle, recipe: TensorrtRecipe, session: TensorrtSession, precision: str, tolerance: float
+) -> EngineParity:
+    scorer = Scorer(bundle, session, engine="tensorrt", precision=precision)
+    checks = run_selftest(scorer, tolerance=tolerance)
     if not checks:
         raise ArtefactError(f"Bundle {bundle.path} has no golden images: nothing shows that the engine is right.")
     bad = [check for check in checks if not check.ok]
@@ -244,7 +254,7 @@ def _parity(bundle: Bundle, session: TensorrtSession, precision: str, tolerance:
         lines = "\n".join(f"- {_described(check)}" for check in bad)
         raise GateError(
             f"{len(bad)} of {len(checks)} golden images differ by more than {tolerance:g} on the engine:\n{lines}",
-            "The engine was thrown away. Try --precision fp16 or fp32, or another engine.",
+            _what_else(recipe, precision),
         )
     return EngineParity(
         images=len(checks),
@@ -254,32 +264,11 @@ def _parity(bundle: Bundle, session: TensorrtSession, precision: str, tolerance:
     )
 
 
-def _logit_checks(bundle: Bundle, session: TensorrtSession, key: str, tolerance: float) -> list[GoldenCheck]:
-    """Compare a classifier's logits with the stored ones, relative to the largest of the picture."""
-    stored = bundle.golden_maps()[key]
-    return [
-        _logit_check(
-            golden, session.run(_model_input(bundle, golden.file)[np.newaxis])["logits"][0], stored[index], tolerance
-        )
-        for index, golden in enumerate(bundle.manifest.golden)
-    ]
-
-
-def _logit_check(
-    golden: GoldenImage, logits: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], tolerance: float
-) -> GoldenCheck:
-    is_finite = bool(np.isfinite(logits).all())
-    difference = float(np.abs(logits - expected).max() / max(np.abs(expected).max(), 1e-12)) if is_finite else None
-    return GoldenCheck(
-        file=golden.file,
-        expected=float(expected.max()),
-        score=float(logits.max()) if is_finite else None,
-        score_difference=difference,
-        map_difference=difference,
-        verdict=f"class {int(logits.argmax())}",
-        expected_verdict=f"class {int(expected.argmax())}",
-        ok=difference is not None and difference <= tolerance,
-    )
+def _what_else(recipe: TensorrtRecipe, precision: str) -> str:
+    """Return the next step after a failed check: the precisions with more bits that the bundle has."""
+    finer = [other for other in PRECISIONS[: PRECISIONS.index(precision)] if other in recipe.graphs]
+    tried = f"--precision {' or '.join(reversed(finer))}, or another engine" if finer else "another engine"
+    return f"The engine was thrown away. Try {tried}."
 
 
 def _described(check: GoldenCheck) -> str:
@@ -291,12 +280,17 @@ def _described(check: GoldenCheck) -> str:
     )
 
 
-def _thresholds(session: TensorrtSession, recipe: TensorrtRecipe, normal: _NormalImages) -> Thresholds:
+def _thresholds(session: TensorrtSession, recipe: TensorrtRecipe, normal: _NormalImages, precision: str) -> Thresholds:
     scores, maxima = [], []
     for pixels in track(normal, "setting thresholds", len(normal)):
         outputs = session.run(pixels[np.newaxis])
         scores.append(float(outputs["score"][0]))
         maxima.append(float(outputs["anomaly_map"].max()))
+    bad = int((~np.isfinite([scores, maxima])).any(axis=0).sum())
+    if bad:
+        raise GateError(
+            f"{bad} of {len(scores)} normal images have no finite score on the engine.", _what_else(recipe, precision)
+        )
     return fit_thresholds(scores, maxima, alpha_warn=recipe.alpha_warn, alpha_fail=recipe.alpha_fail)
 
 
@@ -332,6 +326,11 @@ class _NormalImages:
         if len(self) == 0:
             raise UsageError(
                 f"Bundle {bundle.path} packs no normal images to set thresholds from.", "Give some: --calibration DIR"
+            )
+        if next(iter(self), None) is None:
+            raise UsageError(
+                f"None of the {len(self)} images in {folder} can be read: {self._bad[0].reason} ({self._bad[0].path}).",
+                "Give --calibration a folder with readable pictures of good parts.",
             )
 
     def __len__(self) -> int:

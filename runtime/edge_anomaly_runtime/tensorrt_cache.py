@@ -18,14 +18,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .bundle import Bundle, Thresholds
+from .atomic import is_free, leftover_name
+from .bundle import Bundle, Thresholds, digest_line
 from .cuda import Cuda
 from .errors import ArtefactError, MissingRequirementError
 from .tensorrt_library import STRONG_FROM, version_of
 from .tensorrt_recipe import RECIPE, TensorrtRecipe, build_files
 
 RECORD_SCHEMA = "edge-anomaly.engine/1"
-RECORD, PLAN = "engine.json", "engine.plan"
+RECORD, RECORD_DIGEST, PLAN = "engine.json", "engine.sha256", "engine.plan"
 
 # Grows whenever this package would build another engine from the same files.
 BUILD_REVISION = 1
@@ -116,6 +117,16 @@ def cache_folder() -> Path:
         ) from None
 
 
+def onnxruntime_folder() -> Path:
+    """Return the folder of the engines that ONNX Runtime's provider builds; this package does not read them."""
+    return cache_folder().parent / "onnxruntime"
+
+
+def lock_path(folder: Path) -> Path:
+    """Return the file that is locked while an engine's folder is written."""
+    return folder.with_name(f"{folder.name}.lock")
+
+
 def this_machine(trt: Any, cuda: Cuda) -> Machine:
     """Describe TensorRT and the GPU here."""
     device = cuda.device()
@@ -157,6 +168,8 @@ def engine_key(parts: EngineParts) -> str:
 def find_engine(bundle: Bundle, parts: EngineParts) -> tuple[EngineRecord, Path] | None:
     """Return the record and folder of the engine with exactly these parts; None where none was ever built.
 
+    Engines of an earlier export of the same model are passed over.
+
     Raises:
         ArtefactError: its record cannot be read, or contradicts its place; or there is one of the same bundle and
             precision, built for another TensorRT or device: both sides are named.
@@ -167,7 +180,7 @@ def find_engine(bundle: Bundle, parts: EngineParts) -> tuple[EngineRecord, Path]
         _check_parts(bundle, record, parts)
         return record, folder
     for _, other in list_engines():
-        if isinstance(other, EngineRecord) and _is_same_export(other.parts, parts):
+        if isinstance(other, EngineRecord) and _is_same_export(bundle, other.parts, parts):
             _check_parts(bundle, other, parts)
     return None
 
@@ -198,20 +211,26 @@ def read_record(folder: Path) -> EngineRecord:
     """Read the sidecar in an engine's folder.
 
     Raises:
-        ArtefactError: it is missing, no JSON, of another schema, or names another folder.
+        ArtefactError: it or its digest is missing, it was changed (it holds the alarm limits), is no JSON, or of
+            another schema.
     """
     try:
-        record = EngineRecord.model_validate_json((folder / RECORD).read_bytes())
+        data, digest = (folder / RECORD).read_bytes(), (folder / RECORD_DIGEST).read_bytes()
     except OSError as error:
-        raise ArtefactError(f"Cannot read {folder / RECORD}: {error.strerror}.", _AGAIN) from None
+        raise ArtefactError(f"Cannot read {error.filename}: {error.strerror}.", _AGAIN) from None
+    if digest != digest_line(data, RECORD):
+        raise ArtefactError(f"{folder / RECORD} does not match {RECORD_DIGEST}: one of them was changed.", _AGAIN)
+    try:
+        return EngineRecord.model_validate_json(data)
     except ValidationError as error:
         raise ArtefactError(f"{folder / RECORD} is not valid: {error}", _AGAIN) from None
-    return record
 
 
-def record_bytes(record: EngineRecord) -> bytes:
-    """Return the record as it is written to disk, UTF-8 JSON."""
-    return record.model_dump_json(by_alias=True, indent=1).encode() + b"\n"
+def write_record(folder: Path, record: EngineRecord) -> None:
+    """Write the sidecar, UTF-8 JSON, and its digest."""
+    data = record.model_dump_json(by_alias=True, indent=1).encode() + b"\n"
+    (folder / RECORD).write_bytes(data)
+    (folder / RECORD_DIGEST).write_bytes(digest_line(data, RECORD))
 
 
 def list_engines() -> Iterator[tuple[Path, EngineRecord | str]]:
@@ -244,18 +263,36 @@ def fits(record: EngineRecord, machine: Machine) -> bool:
 def clean_engines(machine: Machine | None) -> list[Path]:
     """Remove the engines that are damaged or do not fit `machine`, and return their folders.
 
-    With None everything goes, timing caches too.
+    With None everything goes: timing caches, what killed builds have left, and ONNX Runtime's engines, too.
     """
     removed = []
     for folder, record in list_engines():
         if machine is None or isinstance(record, str) or not fits(record, machine):
             shutil.rmtree(folder)
             removed.append(folder)
-    if machine is None and cache_folder().is_dir():
-        for path in sorted(cache_folder().glob("*.timing")):
-            path.unlink()
-            removed.append(path)
+    if machine is None:
+        removed += _clean_the_rest()
     return removed
+
+
+def _clean_the_rest() -> list[Path]:
+    """Remove all that is no engine, except the temporary folders of builds that run."""
+    root = cache_folder()
+    timings = sorted(root.glob("*.timing"))
+    for path in timings:
+        path.unlink()
+    folders = [path for path in sorted(root.glob(".tmp-*")) if path.is_dir() and _is_left(path)]
+    if onnxruntime_folder().is_dir():
+        folders.append(onnxruntime_folder())
+    for path in folders:
+        shutil.rmtree(path)
+    return [*timings, *folders]
+
+
+def _is_left(temporary: Path) -> bool:
+    """Tell whether nobody writes a temporary folder; process numbers say nothing between containers, locks do."""
+    final = leftover_name(temporary)
+    return final is not None and is_free(lock_path(temporary.with_name(final)))
 
 
 def build_command(bundle: Bundle, precision: str) -> str:
@@ -268,11 +305,14 @@ def rebuild(bundle: Bundle, record: EngineRecord) -> str:
     return f"Run: {build_command(bundle, record.parts.precision)}"
 
 
-def _is_same_export(first: EngineParts, second: EngineParts) -> bool:
-    return (first.recipe_sha256, first.images_sha256, first.precision) == (
-        second.recipe_sha256,
-        second.images_sha256,
-        second.precision,
+def _is_same_export(bundle: Bundle, there: EngineParts, here: EngineParts) -> bool:
+    """Tell whether an engine was built from the files of this bundle; another TensorRT may have taken another graph."""
+    entry = bundle.manifest.files.get(there.graph)
+    return (
+        entry is not None
+        and there.graph_sha256 == entry.sha256
+        and (there.recipe_sha256, there.images_sha256, there.precision)
+        == (here.recipe_sha256, here.images_sha256, here.precision)
     )
 
 

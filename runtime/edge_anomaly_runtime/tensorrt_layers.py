@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from typing import Any
 _WORDS = (
     ("int32", ""),
     ("int64", ""),
+    ("uint8", ""),
     ("int8", "Int8"),
     ("bfloat", "Half"),
     ("bf16", "Half"),
@@ -64,11 +66,15 @@ def count_precisions(layers: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def reduced_layers(layers: list[dict[str, Any]], prefix: str) -> list[str]:
-    """Name the layers of nodes that begin with `prefix` and do not write FP32 where they write a float."""
+    """Name the layers of nodes that begin with `prefix` and do not write FP32 where they write a float.
+
+    A layer may be several nodes: `head/Mul + head/Add`, `PWN(head/Mul, head/Sub)`, `{ForeignNode[head/A...head/B]}`.
+    """
+    in_name = re.compile(rf"(?:^|\.\.\.|[^\w./:-]){re.escape(prefix)}")
     names = []
     for layer in layers:
         name, kind = str(layer.get("Name", "")), str(layer.get("LayerType", "")).lower()
-        if not name.startswith(prefix) or any(word in kind for word in _MOVING):
+        if not in_name.search(name) or any(word in kind for word in _MOVING):
             continue
         if any(_precision(tensor) in ("Half", "Int8") for tensor in layer.get("Outputs", [])):
             names.append(name)

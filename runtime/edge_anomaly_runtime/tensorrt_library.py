@@ -8,6 +8,7 @@ import importlib.util
 import re
 import sys
 from collections import deque
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
@@ -82,6 +83,21 @@ def not_none(value: Any, what: str, hint: str, *, kind: type[EdgeAnomalyError] =
     return value
 
 
+def started(make: Callable[[Any], Any], trt: Any, what: str) -> Any:
+    """Call `trt.Builder` or `trt.Runtime`, which fail where driver and TensorRT do not fit together.
+
+    Raises:
+        MissingRequirementError: they gave nothing: None, or what pybind11 makes of it.
+    """
+    try:
+        made = make(shared_logger(trt))
+    except TypeError as error:  # "pybind11::init(): factory function returned nullptr"
+        if "nullptr" not in str(error):
+            raise
+        made = None
+    return not_none(made, what, _DRIVER, kind=MissingRequirementError)
+
+
 def _attempt(folders: tuple[str, ...]) -> tuple[State, str, str, Any]:
     try:
         module = importlib.import_module("tensorrt")
@@ -154,4 +170,5 @@ _INSTALL = (
     "On a Jetson: sudo apt install python3-libnvinfer, and an environment made with --system-site-packages. "
     'Elsewhere: pip install "edge-anomaly[tensorrt]"'
 )
+_DRIVER = "Install the driver that this TensorRT needs, or the TensorRT of this JetPack; see `edge-anomaly doctor`."
 _REINSTALL = "On a Jetson: sudo apt install --reinstall nvidia-tensorrt. Elsewhere: install tensorrt again."

@@ -22,7 +22,7 @@ from typing import Any
 from .atomic import replace_file
 from .errors import ArtefactError
 from .progress import is_interactive, say
-from .tensorrt_library import forget_log, not_none, shared_logger, with_log
+from .tensorrt_library import forget_log, not_none, shared_logger, started, with_log
 
 MIB = 1 << 20
 
@@ -59,6 +59,7 @@ def build_plan(trt: Any, graph: bytes, options: PlanOptions, timing_cache: Path)
     """Build an engine for the GPU here, in seconds to many minutes.
 
     Raises:
+        MissingRequirementError: TensorRT cannot use the driver.
         ArtefactError: the parser refuses the graph (all its errors are named), or no attempt gave an engine.
         KeyboardInterrupt: the user stopped the build.
     """
@@ -67,7 +68,7 @@ def build_plan(trt: Any, graph: bytes, options: PlanOptions, timing_cache: Path)
     logger = shared_logger(trt)
     if init_plugins := getattr(trt, "init_libnvinfer_plugins", None):
         init_plugins(logger, "")
-    builder = not_none(trt.Builder(logger), "TensorRT cannot start a builder.", _DOCTOR)
+    builder = started(trt.Builder, trt, "TensorRT cannot start a builder.")
     network = not_none(builder.create_network(_network_flags(trt, options)), "TensorRT cannot make a network.", _DOCTOR)
     parser = trt.OnnxParser(network, logger)  # the network's weights lie in the parser: both live until the build ends
     _parse(trt, parser, graph)

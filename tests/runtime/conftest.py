@@ -169,9 +169,12 @@ def trt_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def write_trt_bundle(
-    source: Path, folder: Path, *, recipe: dict[str, Any] | None = None, batch: int | None = 1
+    source: Path, folder: Path, *, recipe: dict[str, Any] | None = None, batch: int | None = 1, mark: str = ""
 ) -> None:
-    """Write the bundle of `trt_bundle`; `recipe` replaces fields, `batch` None leaves the batch axis free."""
+    """Write the bundle of `trt_bundle`; `recipe` replaces fields, `batch` None leaves the batch axis free.
+
+    `mark` makes other graphs with the same scores, as another training would.
+    """
     tiny = eab.read_bundle(source)
     keys = ["tensorrt/fp32", "tensorrt/fp16", "tensorrt/int8"]
     maps = {**tiny.golden_maps(), **dict.fromkeys(keys, tiny.golden_maps()["onnxruntime/int8"])}
@@ -193,7 +196,7 @@ def write_trt_bundle(
     }
     files = {name: tiny.read(name) for name in tiny.manifest.files}
     files |= {"golden/maps.npz": buffer.getvalue(), RECIPE: recipe_bytes(TensorrtRecipe(**fields)), **normal}
-    files |= {WEAK: quantised_graph(batch, "weak"), STRONG: quantised_graph(batch, "strong")}
+    files |= {WEAK: quantised_graph(batch, f"weak {mark}"), STRONG: quantised_graph(batch, f"strong {mark}")}
     simulated = tiny.manifest.thresholds["onnxruntime/int8"]
     golden = tuple(
         image.model_copy(
@@ -285,7 +288,7 @@ def write_classifier_bundle(folder: Path, graph: bytes) -> None:
     manifest = _manifest().model_copy(
         update={
             "precision": "fp32",
-            "model": eab.ModelInfo(kind=eab.CLASSIFIER, parameters={}),
+            "model": eab.ModelInfo(kind=eab.CLASSIFIER, parameters={"classes": ["red", "blue"]}),
             "outputs": (eab.OutputInfo(name="logits", role="logits", shape=(1, 2)),),
             "graphs": {key: "model.onnx"},
             "thresholds": {},

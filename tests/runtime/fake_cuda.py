@@ -13,6 +13,8 @@ from typing import Any
 NO_DEVICE = 100
 OUT_OF_MEMORY = 2
 BAD_VALUE = 1
+DRIVER_TOO_OLD = 35
+ILLEGAL_ADDRESS = 700
 CAPTURE_REFUSED = 900
 
 _KINDS = ("device", "host", "stream", "event", "graph", "recording")
@@ -46,13 +48,19 @@ def _converted(kind: Any, value: Any) -> Any:
 
 
 class _Library:
+    lacking: tuple[str, ...] = ()
+
     def __getattr__(self, name: str) -> FakeFunction:
         body = type(self).__dict__.get(f"do_{name}")
-        if body is None:
+        if body is None or name in self.lacking:
             raise AttributeError(f"undefined symbol: {name}")
-        function = FakeFunction(name, lambda *arguments: body(self, *arguments))
+        function = FakeFunction(name, lambda *arguments: self.returned(name, body(self, *arguments)))
         setattr(self, name, function)
         return function
+
+    def returned(self, name: str, code: Any) -> Any:
+        """Take notice of what a function gives back."""
+        return code
 
 
 @dataclass
@@ -81,7 +89,11 @@ class FakeDriver(_Library):
 
 @dataclass
 class FakeCudart(_Library):
-    """libcudart.so; `live` holds what was allocated and not yet freed, by kind."""
+    """libcudart.so; `live` holds what was allocated and not yet freed, by kind.
+
+    `set_device_code`: what the first call gives. `broken`: what every wait and every free gives, done or not.
+    `last_error`: of the last call that failed, until somebody asks for it.
+    """
 
     free_bytes: int = 6 << 30
     integrated: bool = False
@@ -89,6 +101,10 @@ class FakeCudart(_Library):
     version: int = 12060
     capture_works: bool = True
     malloc_limit: int | None = None
+    lacking: tuple[str, ...] = ()
+    set_device_code: int = 0
+    broken: int = 0
+    last_error: int = 0
     on_capture: Callable[[], None] | None = None
     launches: int = 0
     live: dict[str, dict[int, Any]] = field(default_factory=lambda: {kind: {} for kind in _KINDS})
@@ -97,9 +113,20 @@ class FakeCudart(_Library):
     _capturing: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     _next: int = 1 << 40  # handles wider than 32 bits
 
+    def returned(self, name: str, code: Any) -> Any:
+        if name not in ("cudaGetErrorString", "cudaGetLastError"):
+            self.last_error = code or self.last_error
+        return code
+
+    def do_cudaGetLastError(self) -> int:
+        code, self.last_error = self.last_error, 0
+        return code
+
     def do_cudaGetErrorString(self, code: int) -> bytes:
         return {
             OUT_OF_MEMORY: b"out of memory",
+            DRIVER_TOO_OLD: b"CUDA driver version is insufficient for CUDA runtime version",
+            ILLEGAL_ADDRESS: b"an illegal memory access was encountered",
             CAPTURE_REFUSED: b"operation not permitted when stream is capturing",
         }.get(code, b"invalid argument")
 
@@ -108,7 +135,7 @@ class FakeCudart(_Library):
         return 0
 
     def do_cudaSetDevice(self, device: int) -> int:
-        return 0 if device == 0 else BAD_VALUE
+        return self.set_device_code if device == 0 else BAD_VALUE
 
     def do_cudaDeviceGetAttribute(self, value: Any, which: int, device: int) -> int:
         value.value = {75: self.sm[0], 76: self.sm[1], 18: int(self.integrated)}[which]
@@ -157,7 +184,7 @@ class FakeCudart(_Library):
         work, self._queue[stream] = self._queue[stream], []
         for step in work:
             step()
-        return 0
+        return self.broken
 
     def do_cudaStreamDestroy(self, stream: int) -> int:
         return self._release("stream", stream)
@@ -249,6 +276,7 @@ class FakeCudart(_Library):
     def _release(self, kind: str, handle: int) -> int:
         if handle not in self.live[kind]:
             return BAD_VALUE
+        assert kind == "stream" or not any(self._queue.values()), f"{kind} is freed while work is queued"
         del self.live[kind][handle]
         self.freed.append(kind)
-        return 0
+        return self.broken

@@ -353,6 +353,8 @@ class Builder(Strict):
         if "progress_monitor" not in type(config)._names:
             return True
         monitor = config.progress_monitor
+        if monitor is None:
+            return True
         assert monitor._initialised
         monitor.phase_start(phase, None, 2)
         if self._trt._stop_build:
@@ -460,7 +462,7 @@ class IExecutionContext(Strict):
 
     def execute_async_v3(self, stream: int) -> bool:
         assert type(stream) is int
-        if not self._trt._enqueue_works:
+        if not self._trt._enqueue_works or self._trt._cudart.last_error:  # an old error is taken for that of a launch
             return False
         assert set(self._addresses) == set(self._engine._values), "a tensor has no address"
         self._trt._cudart.enqueue(stream, self._run)

@@ -10,11 +10,22 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from edge_anomaly_runtime.atomic import check_free, disk_errors, make_folder, new_folder, replace_file
+from edge_anomaly_runtime.atomic import (
+    check_free,
+    disk_errors,
+    is_free,
+    leftover_name,
+    locked,
+    make_folder,
+    new_folder,
+    replace_file,
+)
 from edge_anomaly_runtime.errors import OutputError, UsageError
 
 
@@ -454,3 +465,60 @@ def test_make_folder_creates_parents_and_says_what_is_in_the_way(tmp_path: Path)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match="file"):
         make_folder(tmp_path / "file/below")
+
+
+# Locks
+
+
+def test_a_lock_is_held_by_one_and_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "new/part.lock"
+    with locked(path):
+        assert not is_free(path)
+    assert not path.exists()
+    assert is_free(path)
+    assert not path.exists()
+
+
+def test_who_waits_does_not_get_the_file_that_was_removed(tmp_path: Path) -> None:
+    """All at once: without the second look two would hold locks on two files of the same name."""
+    path, inside, most = tmp_path / "part.lock", [0], [0]
+
+    def work(_: int) -> None:
+        with locked(path):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.002)
+            inside[0] -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(40)))
+    assert most == [1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "part.lock"
+    code = "import os, pathlib, sys; from edge_anomaly_runtime.atomic import locked\n"
+    _child(code + "with locked(pathlib.Path(sys.argv[1])): os._exit(1)", path)
+    assert path.exists()
+    assert is_free(path)
+
+
+def test_a_lock_where_nothing_can_be_written_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="in the way"), locked(tmp_path / "file/part.lock"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "final"),
+    [
+        (".tmp-part-12-0123abcd", "part"),
+        (".tmp-part-2026-12-0123abcd", "part-2026"),
+        (".tmp-part-12-0123abcd-old", "part"),
+        ("part-12-0123abcd", None),
+        (".tmp-mine", None),
+    ],
+)
+def test_a_temporary_folder_tells_what_it_was_to_become(tmp_path: Path, name: str, final: str | None) -> None:
+    assert leftover_name(tmp_path / name) == final

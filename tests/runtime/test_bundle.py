@@ -360,7 +360,7 @@ def test_references_to_files_that_are_not_in_the_bundle_are_refused(
         pytest.param(_set("files", "model.onnx", "size", to=-1), id="negative size"),
         pytest.param(_set("files", "model.onnx", "sha256", to="0" * 63), id="short digest"),
         pytest.param(_set("files", "model.onnx", "sha256", to="G" * 64), id="digest that is no number"),
-        pytest.param(_set("precision", to="fp16"), id="unknown precision"),
+        pytest.param(_set("precision", to="int4"), id="unknown precision"),
         pytest.param(_set("input", "layout", to="NCHW"), id="another layout"),
         pytest.param(_set("input", "color", to="BGR"), id="another order of colours"),
         pytest.param(_set("input", "dtype", to="float32"), id="another type"),

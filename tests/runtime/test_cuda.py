@@ -15,7 +15,7 @@ from edge_anomaly_runtime import cuda
 from edge_anomaly_runtime.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, Cuda, CudaError, Device, open_cuda
 from edge_anomaly_runtime.errors import MissingRequirementError
 
-from .fake_cuda import FakeCudart, FakeDriver
+from .fake_cuda import DRIVER_TOO_OLD, OUT_OF_MEMORY, FakeCudart, FakeDriver
 
 
 @pytest.fixture
@@ -80,6 +80,47 @@ def test_the_newest_runtime_is_taken_then_the_folders(
         "libcudart.so",
         str(tmp_path / "libcudart.so.12.6.77"),
     ]
+
+
+def test_a_runtime_newer_than_the_driver_is_passed_over(libraries: dict[str, Any]) -> None:
+    libraries["libcudart.so.13"] = FakeCudart(version=13000, set_device_code=DRIVER_TOO_OLD)
+    assert open_cuda().runtime_version() == "12.6"
+    assert cuda.runtime_fault() is None
+
+
+def test_a_driver_older_than_every_runtime_has_a_hint_of_its_own(
+    libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_FOLDERS", ())
+    libraries["libcudart.so.12"] = FakeCudart(set_device_code=DRIVER_TOO_OLD)
+    with pytest.raises(CudaError, match=r"driver version is insufficient .*\(CUDA error 35\)") as caught:
+        open_cuda()
+    assert "update the driver" in caught.value.hint
+    assert cuda.runtime_fault() == caught.value.what
+
+
+def test_another_error_is_no_reason_to_try_an_older_runtime(libraries: dict[str, Any]) -> None:
+    libraries["libcudart.so.13"] = FakeCudart(set_device_code=OUT_OF_MEMORY)
+    with pytest.raises(CudaError, match="out of memory"):
+        open_cuda()
+
+
+@pytest.mark.parametrize("symbol", ["cudaGraphInstantiateWithFlags", "cudaGetErrorString"])
+def test_a_runtime_without_a_function_is_passed_over_or_named(
+    libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, symbol: str
+) -> None:
+    monkeypatch.setattr(cuda, "_FOLDERS", ())
+    libraries["libcudart.so.13"] = FakeCudart(lacking=(symbol,))
+    assert open_cuda().runtime_version() == "12.6"
+    del libraries["libcudart.so.12"]
+    with pytest.raises(MissingRequirementError, match=rf"libcudart\.so\.13 has no function {symbol}"):
+        open_cuda()
+
+
+def test_a_driver_without_a_function_is_named(libraries: dict[str, Any]) -> None:
+    libraries["libcuda.so.1"].lacking = ("cuDeviceGetName",)
+    with pytest.raises(MissingRequirementError, match=r"libcuda\.so\.1 has no function cuDeviceGetName"):
+        open_cuda()
 
 
 def test_the_device_is_described(libraries: dict[str, Any]) -> None:

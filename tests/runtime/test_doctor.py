@@ -12,11 +12,12 @@ import numpy as np
 import PIL
 import pytest
 
-from edge_anomaly_runtime import doctor
+from edge_anomaly_runtime import cuda, doctor
 from edge_anomaly_runtime.doctor import examine
 from edge_anomaly_runtime.tensorrt_library import tensorrt_state
 
 from .conftest import MakeGpu
+from .fake_cuda import FakeDriver
 
 BASE = {"numpy", "PIL", "pydantic", "openvino", "onnxruntime", "torch", "torchvision", "timm", "onnx", "onnxscript"}
 
@@ -155,3 +156,13 @@ def test_with_gpu_and_package_tensorrt_is_usable(make_gpu: MakeGpu) -> None:
     report = examine()
     assert report["engines"]["tensorrt"] is True
     assert (report["tensorrt"]["driver"], report["tensorrt"]["package"]) == ("ok", "ok")
+    assert report["tensorrt"]["cuda_runtime"] == "ok"
+
+
+def test_a_driver_without_cudas_library_is_told(make_gpu: MakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_gpu("10.3.0")
+    monkeypatch.setattr(cuda, "_load", {"libcuda.so.1": FakeDriver()}.get)
+    report = examine()
+    assert report["engines"]["tensorrt"] is False
+    assert "no CUDA runtime library" in report["tensorrt"]["cuda_runtime"]
+    assert f"TensorRT cannot be used: {report['tensorrt']['cuda_runtime']}" in report["advice"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from edge_anomaly_runtime import cli
-from edge_anomaly_runtime.tensorrt_cache import PLAN
+from edge_anomaly_runtime.atomic import locked
+from edge_anomaly_runtime.tensorrt_cache import PLAN, onnxruntime_folder
 
 from .conftest import MakeGpu
 from .fake_tensorrt import VERSIONS
@@ -143,9 +144,27 @@ def test_list_and_clean(run: Run, make_gpu: MakeGpu, trt_bundle: Path) -> None:
     assert run("engine", "clean")[2].endswith("2 removed\n")  # those of 10.3.0
     (row,) = json.loads(run("engine", "list", "--json")[1])["engines"]
     (gpu.cache / row["key"] / "engine.json").write_text("{")
-    assert "is not valid" in run("engine", "list")[1]
+    assert "does not match engine.sha256" in run("engine", "list")[1]
     assert run("engine", "clean")[2].endswith("1 removed\n")
     assert len(json.loads(run("engine", "clean", "--all", "--json")[1])["removed"]) == 2  # timing caches
+    assert list(gpu.cache.iterdir()) == []
+
+
+def test_clean_all_takes_leftovers_and_the_engines_of_onnxruntime_along(
+    run: Run, make_gpu: MakeGpu, trt_bundle: Path
+) -> None:
+    gpu = make_gpu()
+    key = json.loads(run("engine", "build", trt_bundle, "--json")[1])["key"]
+    (gpu.cache / f".tmp-{key}-1-0123abcd").mkdir()
+    running = gpu.cache / ".tmp-other-1-0123abcd"
+    running.mkdir()
+    onnxruntime_folder().mkdir()
+    with locked(gpu.cache / "other.lock"):
+        removed = json.loads(run("engine", "clean", "--all", "--json")[1])["removed"]
+        assert sorted(path.name for path in gpu.cache.iterdir()) == [running.name, "other.lock"]
+    assert {key, f".tmp-{key}-1-0123abcd", "onnxruntime"} < set(removed)
+    assert not onnxruntime_folder().exists()
+    run("engine", "clean", "--all")
     assert list(gpu.cache.iterdir()) == []
 
 

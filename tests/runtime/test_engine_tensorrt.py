@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edge_anomaly_runtime.bundle import read_bundle
+from edge_anomaly_runtime.bundle import digest_line, read_bundle
 from edge_anomaly_runtime.cuda import CudaError
 from edge_anomaly_runtime.engine_tensorrt import TensorrtSession, open_tensorrt, why_not
 from edge_anomaly_runtime.errors import ArtefactError, MissingRequirementError, UsageError
@@ -18,10 +19,17 @@ from edge_anomaly_runtime.scoring import open_scorer
 from edge_anomaly_runtime.selftest import golden_tolerance, run_selftest
 from edge_anomaly_runtime.session import open_session
 from edge_anomaly_runtime.tensorrt_build import build_engine
-from edge_anomaly_runtime.tensorrt_cache import PLAN, RECORD, engine_key, list_engines
+from edge_anomaly_runtime.tensorrt_cache import (
+    PLAN,
+    RECORD,
+    RECORD_DIGEST,
+    engine_key,
+    list_engines,
+    onnxruntime_folder,
+)
 
 from .conftest import Gpu, MakeGpu, write_trt_bundle
-from .fake_cuda import FakeCudart
+from .fake_cuda import ILLEGAL_ADDRESS, FakeCudart
 from .fake_tensorrt import VERSIONS
 
 
@@ -82,6 +90,50 @@ def test_info_says_what_the_engine_computes_in(gpu: Gpu, trt_bundle: Path) -> No
     assert session.layers().counts == {"Int8": 1, "Half": 6, "Float": 2}
     build_engine(trt_bundle, precision="fp32")
     assert _session(trt_bundle, "fp32").info.float_precision == "f32"
+
+
+def test_close_waits_for_what_a_failed_run_has_queued(gpu: Gpu, trt_bundle: Path) -> None:
+    """The input's copy is on the stream when TensorRT refuses; the fake frees nothing while work is queued."""
+    session = _session(trt_bundle)
+    session.cuda_graph = "switched off"
+    session.run(_red(50))
+    gpu.trt._enqueue_works = False
+    with pytest.raises(ArtefactError, match="cannot run the engine"):
+        session.run(_red(50))
+    session.close()
+    assert gpu.cudart.leaks() == {}
+
+
+def test_close_tries_to_free_everything_once(gpu: Gpu, trt_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = _session(trt_bundle)
+    session.run(_red(50))
+    gpu.cudart.freed.clear()
+    gpu.cudart.broken = ILLEGAL_ADDRESS
+    session.close()
+    session.close()
+    assert gpu.cudart.freed == ["recording", *["device", "host"] * 3, "stream"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not all of the engine was freed: cudaStreamSynchronize failed: an illegal memory access" in line
+
+
+def test_a_broken_device_does_not_hide_what_broke_it(gpu: Gpu, trt_bundle: Path) -> None:
+    with pytest.raises(ZeroDivisionError), open_scorer(trt_bundle, engine="tensorrt") as scorer:
+        scorer.score_pixels(_red(50)[0])
+        gpu.cudart.broken = ILLEGAL_ADDRESS
+        raise ZeroDivisionError
+
+
+def test_too_little_memory_is_told_although_nothing_can_be_freed(gpu: Gpu, make_gpu: MakeGpu, trt_bundle: Path) -> None:
+    make_gpu(cudart=FakeCudart(malloc_limit=1, broken=ILLEGAL_ADDRESS))
+    with pytest.raises(CudaError, match="out of memory"):
+        _session(trt_bundle)
+
+
+def test_a_failed_recording_leaves_no_error_behind(gpu: Gpu, trt_bundle: Path) -> None:
+    gpu.cudart.capture_works = False
+    session = _session(trt_bundle)
+    session.run(_red(50))
+    assert gpu.cudart.last_error == 0
 
 
 def test_the_engine_is_freed_before_its_memory(gpu: Gpu, trt_bundle: Path) -> None:
@@ -192,16 +244,43 @@ def test_a_record_that_was_edited_is_refused_before_tensorrt_sees_the_engine(gpu
     (folder,) = (folder for folder, _ in list_engines())
     record = json.loads((folder / RECORD).read_text())
     record["parts"]["sm"] = "7.2"
-    (folder / RECORD).write_text(json.dumps(record))
+    _write_record(folder, record)
     with pytest.raises(ArtefactError, match=r"built for SM 7\.2; here it is SM 8\.7"):
         _session(trt_bundle)
     record["parts"]["sm"], record["key"] = "8.7", "0" * 64
-    (folder / RECORD).write_text(json.dumps(record))
+    _write_record(folder, record)
     with pytest.raises(ArtefactError, match="says key 0000"):
         _session(trt_bundle)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no record", "odd record"])
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    data = json.dumps(record).encode()
+    (folder / RECORD).write_bytes(data)
+    (folder / RECORD_DIGEST).write_bytes(digest_line(data, RECORD))
+
+
+def test_alarm_limits_that_were_edited_are_refused(gpu: Gpu, trt_bundle: Path) -> None:
+    (folder,) = (folder for folder, _ in list_engines())
+    record = json.loads((folder / RECORD).read_text())
+    record["thresholds"]["fail"]["value"] = 1e9
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(ArtefactError, match=r"engine\.json does not match engine\.sha256") as caught:
+        _session(trt_bundle)
+    assert "engine build" in caught.value.hint
+
+
+def test_an_engine_of_an_earlier_training_is_none_of_this_bundles(
+    gpu: Gpu, tiny_bundle: Path, tmp_path: Path, make_gpu: MakeGpu
+) -> None:
+    """Same recipe, same pictures, other weights."""
+    write_trt_bundle(tiny_bundle, tmp_path / "again.eab", mark="retrained")
+    for version in ("10.3.0", "10.13.3.9"):
+        make_gpu(version)
+        with pytest.raises(MissingRequirementError, match="No int8 engine of"):
+            _session(tmp_path / "again.eab")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no record", "no digest", "odd record"])
 def test_a_damaged_engine_is_refused(gpu: Gpu, trt_bundle: Path, damage: str) -> None:
     (folder,) = (folder for folder, _ in list_engines())
     plan = (folder / PLAN).read_bytes()
@@ -213,8 +292,10 @@ def test_a_damaged_engine_is_refused(gpu: Gpu, trt_bundle: Path, damage: str) ->
         (folder / PLAN).unlink()
     elif damage == "no record":
         (folder / RECORD).unlink()
+    elif damage == "no digest":
+        (folder / RECORD_DIGEST).unlink()
     else:
-        (folder / RECORD).write_text('{"schema": "edge-anomaly.engine/2"}')
+        _write_record(folder, {"schema": "edge-anomaly.engine/2"})
     gpu.trt._asked["destroyed"].clear()
     with pytest.raises(ArtefactError) as caught:
         _session(trt_bundle)
@@ -230,6 +311,26 @@ def test_an_engine_that_tensorrt_refuses_ends_with_its_words(make_gpu: MakeGpu) 
         TensorrtSession(open_cuda(), gpu.trt, b"rubbish")
     assert "[ERROR] Serialization assertion magicTagRead" in caught.value.what
     assert gpu.cudart.leaks() == {}
+
+
+@pytest.mark.parametrize("gives_none", [False, True])
+def test_a_driver_that_tensorrt_cannot_use_is_a_missing_requirement(
+    gpu: Gpu, trt_bundle: Path, monkeypatch: pytest.MonkeyPatch, gives_none: bool
+) -> None:
+    def refuse(logger: Any) -> None:
+        gpu.trt._log(logger, "ERROR", "CUDA initialization failure with error: 35")
+        if not gives_none:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(gpu.trt, "Runtime", refuse)
+    monkeypatch.setattr(gpu.trt, "Builder", refuse)
+    with pytest.raises(MissingRequirementError, match="CUDA initialization failure with error: 35"):
+        _session(trt_bundle)
+    with pytest.raises(MissingRequirementError, match="CUDA initialization failure with error: 35"):
+        build_engine(trt_bundle, force=True)
+    monkeypatch.setattr(gpu.trt, "Runtime", lambda: None)
+    with pytest.raises(TypeError, match="positional argument"):  # a mistake of ours stays one
+        _session(trt_bundle)
 
 
 def test_too_little_memory_for_the_buffers_frees_the_rest(gpu: Gpu, make_gpu: MakeGpu, trt_bundle: Path) -> None:
@@ -355,6 +456,53 @@ def test_onnxruntime_may_not_fall_back_to_the_cpu(gpu: Gpu, trt_bundle: Path, mo
     monkeypatch.setattr(ort, "InferenceSession", CpuAfterAll)
     with pytest.raises(MissingRequirementError, match="took CPUExecutionProvider instead of Tensorrt"):
         open_session(read_bundle(trt_bundle), engine="onnxruntime-tensorrt")
+
+
+class Remembering:
+    """ONNX Runtime with a provider that runs everything, and remembers its options."""
+
+    asked: ClassVar[list[dict[str, str]]] = []
+
+    def __init__(self, model: bytes, options: object, providers: list[Any]) -> None:
+        self.asked.append(providers[0][1])
+
+    def get_providers(self) -> list[str]:
+        return ["TensorrtExecutionProvider"]
+
+    def disable_fallback(self) -> None: ...
+
+    def get_inputs(self) -> list[Any]:
+        return [SimpleNamespace(name="image")]
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name="score")]
+
+    def get_session_options(self) -> Any:
+        return SimpleNamespace(intra_op_num_threads=1)
+
+
+def test_onnxruntimes_engines_have_a_folder_per_graph_and_precision(
+    gpu: Gpu, tiny_bundle: Path, trt_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime would take the engine of the first graph for the second: it looks at names only."""
+    ort = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", Remembering)
+    Remembering.asked.clear()
+    write_trt_bundle(tiny_bundle, tmp_path / "again.eab", mark="retrained")
+    for path, precision in ((trt_bundle, "int8"), (tmp_path / "again.eab", "int8"), (trt_bundle, "fp32")):
+        open_session(read_bundle(path), engine="onnxruntime-tensorrt", precision=precision)
+    folders = [Path(asked["trt_engine_cache_path"]) for asked in Remembering.asked]
+    assert len({folder.name for folder in folders}) == 3
+    assert [folder.name.split("-")[1] for folder in folders] == ["int8", "int8", "fp32"]
+    assert all(folder.is_dir() and folder.parent == onnxruntime_folder() for folder in folders)
+    assert {asked["trt_fp16_enable"] for asked in Remembering.asked} == {"False"}
+
+
+def test_onnxruntime_refuses_fp16_which_would_take_the_head_along(gpu: Gpu, trt_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="cannot run fp16") as caught:
+        open_session(read_bundle(trt_bundle), engine="onnxruntime-tensorrt", precision="fp16")
+    assert "--engine tensorrt" in caught.value.hint
 
 
 def test_onnxruntime_needs_a_driver_too(trt_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
 from edge_anomaly_runtime import tensorrt_build
+from edge_anomaly_runtime.atomic import locked
+from edge_anomaly_runtime.engine_tensorrt import TensorrtSession
 from edge_anomaly_runtime.errors import ArtefactError, GateError, MissingRequirementError, UsageError
 from edge_anomaly_runtime.tensorrt_build import build_engine
-from edge_anomaly_runtime.tensorrt_cache import PLAN, RECORD, engine_key, list_engines
+from edge_anomaly_runtime.tensorrt_cache import PLAN, RECORD, RECORD_DIGEST, engine_key, list_engines, lock_path
 from edge_anomaly_runtime.tensorrt_layers import EngineLayers
+from edge_anomaly_runtime.tensorrt_recipe import BuildFiles
 from edge_anomaly_runtime.thresholds import fit_thresholds
 
 from .conftest import NORMAL_LEVELS, STRONG, WEAK, Gpu, MakeGpu, write_classifier_bundle, write_trt_bundle
@@ -44,7 +49,7 @@ def test_every_version_builds_every_precision(
     assert (record.parity.images, record.parity.score_difference) == (3, 0.0)
     assert sorted(record.tensors) == ["anomaly_map", "image", "score"]
     assert built.folder == gpu.cache / engine_key(record.parts)
-    assert sorted(path.name for path in built.folder.iterdir()) == [RECORD, PLAN]
+    assert sorted(path.name for path in built.folder.iterdir()) == [RECORD, PLAN, RECORD_DIGEST]
     assert gpu.cudart.leaks() == {}
 
 
@@ -146,6 +151,39 @@ def test_a_calibration_folder_without_images_is_told_before_the_build(
     assert gpu.trt._asked["attempts"] == []
 
 
+def test_a_calibration_folder_of_rubbish_is_told_before_the_build(
+    make_gpu: MakeGpu, trt_bundle: Path, tmp_path: Path
+) -> None:
+    gpu = make_gpu()
+    (tmp_path / "good").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "good" / name).write_bytes(b"rubbish")
+    with pytest.raises(UsageError, match=r"None of the 2 images in .*good can be read: .*damaged") as caught:
+        build_engine(trt_bundle, calibration=tmp_path / "good")
+    assert "--calibration" in caught.value.hint
+    assert gpu.trt._asked["attempts"] == []
+
+
+@pytest.mark.parametrize("output", ["score", "anomaly_map"])
+def test_normal_images_without_a_finite_score_are_a_failed_gate(
+    make_gpu: MakeGpu, trt_bundle: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    gpu = make_gpu()
+    run = TensorrtSession.run
+
+    def overflowing(self: TensorrtSession, images: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
+        outputs = run(self, images)
+        if 98 <= images[0, 0, 0, 0] < 110:
+            outputs[output][:] = np.nan
+        return outputs
+
+    monkeypatch.setattr(TensorrtSession, "run", overflowing)
+    with pytest.raises(GateError, match="6 of 40 normal images have no finite score on the engine") as caught:
+        build_engine(trt_bundle)
+    assert caught.value.hint == "The engine was thrown away. Try --precision fp16 or fp32, or another engine."
+    assert _left(gpu) == []
+
+
 def test_a_bundle_without_normal_images_asks_for_some(make_gpu: MakeGpu, tiny_bundle: Path, tmp_path: Path) -> None:
     write_trt_bundle(tiny_bundle, tmp_path / "bare.eab", recipe={"normal_images": ()})
     make_gpu()
@@ -202,6 +240,36 @@ def test_an_engine_with_other_scores_is_thrown_away(make_gpu: MakeGpu, trt_bundl
     assert "golden/150.png: score 165, expected 150 (off by 1.0e-01" in caught.value.what
     assert _left(gpu) == []
     assert gpu.cudart.leaks() == {}
+
+
+@pytest.mark.parametrize(
+    ("there", "precision", "advice"),
+    [
+        (("fp32", "fp16", "int8"), "int8", "Try --precision fp16 or fp32, or another engine."),
+        (("fp32", "int8"), "int8", "Try --precision fp32, or another engine."),
+        (("fp32", "fp16", "int8"), "fp16", "Try --precision fp32, or another engine."),
+        (("int8",), "int8", "Try another engine."),
+        (("fp32", "fp16"), "fp32", "Try another engine."),
+    ],
+)
+def test_after_a_failed_check_only_what_the_bundle_has_is_advised(
+    make_gpu: MakeGpu, tiny_bundle: Path, tmp_path: Path, there: tuple[str, ...], precision: str, advice: str
+) -> None:
+    graphs = {name: BuildFiles(weak="model.onnx", strong="model.onnx") for name in there}
+    write_trt_bundle(tiny_bundle, tmp_path / "some.eab", recipe={"graphs": graphs})
+    make_gpu().trt._score_factor = 1.5
+    with pytest.raises(GateError) as caught:
+        build_engine(tmp_path / "some.eab", precision=precision)
+    assert caught.value.hint == f"The engine was thrown away. {advice}"
+
+
+def test_an_absent_precision_is_told_before_anything_else(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Without a GPU, too; and although the recipe has no tolerance for it either."""
+    graphs = {name: BuildFiles(weak="model.onnx", strong="model.onnx") for name in ("fp32", "int8")}
+    recipe = {"graphs": graphs, "score_tolerance": {"fp32": 1e-4, "int8": 5e-2}}
+    write_trt_bundle(tiny_bundle, tmp_path / "some.eab", recipe=recipe)
+    with pytest.raises(UsageError, match="no TensorRT graph of precision fp16; it has fp32, int8"):
+        build_engine(tmp_path / "some.eab", precision="fp16")
 
 
 def test_a_forced_build_that_fails_removes_the_older_engine(make_gpu: MakeGpu, trt_bundle: Path) -> None:
@@ -345,6 +413,26 @@ def test_a_damaged_engine_is_built_anew_without_force(make_gpu: MakeGpu, trt_bun
     assert build_engine(trt_bundle).new
     (folder / RECORD).write_text("{")
     assert build_engine(trt_bundle).new
+
+
+@pytest.mark.parametrize(("force", "builds"), [(False, 1), (True, 2)])
+def test_a_second_builder_waits_for_the_first_and_takes_its_engine(
+    make_gpu: MakeGpu, trt_bundle: Path, capsys: pytest.CaptureFixture[str], force: bool, builds: int
+) -> None:
+    """As two containers do that share the cache; without the lock each would remove the other's temporary folder."""
+    gpu = make_gpu()
+    first = build_engine(trt_bundle)
+    aside = gpu.cache / "aside"
+    first.folder.rename(aside)
+    with ThreadPoolExecutor() as pool:
+        with locked(lock_path(first.folder)):
+            second = pool.submit(build_engine, trt_bundle, force=force)
+            while "waiting for it" not in capsys.readouterr().err:
+                assert not second.done()
+            aside.rename(first.folder)
+        assert second.result(timeout=60).new is force
+    assert len(gpu.trt._asked["attempts"]) == builds
+    assert list(gpu.cache.glob("*.lock")) == []
 
 
 def test_another_device_or_version_has_an_engine_of_its_own(make_gpu: MakeGpu, trt_bundle: Path) -> None:

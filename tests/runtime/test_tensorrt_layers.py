@@ -20,6 +20,7 @@ from edge_anomaly_runtime.tensorrt_layers import EngineLayers, count_precisions,
         ("Thirty-two wide channel vectorized row major Int8 format.", "Int8"),
         ("Int8", "Int8"),
         ("Row major INT32", None),
+        ("Row major linear UINT8", None),
         ("N/A due to dynamic shapes", None),
     ],
 )
@@ -54,3 +55,23 @@ def test_head_layers_that_write_less_than_fp32_are_named() -> None:
         {"Name": "head/max", "LayerType": "Reduce", "Outputs": [{"Format/Datatype": "Float"}]},
     ]
     assert reduced_layers(layers, "head/") == ["head/distance + head/sum"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_head"),
+    [
+        ("PWN(head/Mul, head/Sub)", True),
+        ("PWN(PWN(head/Mul), head/Sub)", True),
+        ("{ForeignNode[head/Conv...head/ReduceMax]}", True),
+        ("{ForeignNode[backbone/Conv...head/ReduceMax]}", True),
+        ("backbone/relu + head/mean", True),
+        ("PWN(backbone/Mul, backbone/Sub)", False),
+        ("backbone/head/conv", False),
+        ("arrowhead/conv", False),
+        ("my-head/conv", False),
+        ("model.head/conv", False),
+    ],
+)
+def test_the_head_is_found_in_the_names_of_fused_layers(name: str, is_head: bool) -> None:
+    layer = {"Name": name, "LayerType": "PointWiseV2", "Outputs": [{"Format/Datatype": "Half"}]}
+    assert reduced_layers([layer], "head/") == ([name] if is_head else [])
