@@ -19,6 +19,7 @@ class Detector:
 
     refit: fits the head on embeddings, None where the head has nothing to fit.
     by_epochs: trained by gradient, hence resumable.
+    keeps: buffers of the head that `refit` gets by name, so that it fits the same thing on other features.
     best: the metric that chooses the epoch to keep; None keeps the last, or there are no epochs.
     """
 
@@ -29,14 +30,29 @@ class Detector:
     refit: Callable[..., dict[str, Any]] | None
     by_epochs: bool
     best: str | None = None
+    keeps: tuple[str, ...] = ()
 
 
 DETECTORS: dict[str, Detector] = {
     "padim": Detector(padim.PadimConfig, padim.build, padim.announce, padim.fit, padim.refit, False),
     "patchcore": Detector(
-        patchcore.PatchcoreConfig, patchcore.build, patchcore.announce, patchcore.fit, patchcore.refit, False
+        patchcore.PatchcoreConfig,
+        patchcore.build,
+        patchcore.announce,
+        patchcore.fit,
+        patchcore.refit,
+        False,
+        keeps=("chosen",),
     ),
-    "vit-knn": Detector(vit_knn.VitKnnConfig, vit_knn.build, vit_knn.announce, vit_knn.fit, vit_knn.refit, False),
+    "vit-knn": Detector(
+        vit_knn.VitKnnConfig,
+        vit_knn.build,
+        vit_knn.announce,
+        vit_knn.fit,
+        vit_knn.refit,
+        False,
+        keeps=("chosen",),
+    ),
     "fastflow": Detector(
         fastflow.FastflowConfig, fastflow.build, fastflow.announce, fastflow.fit, fastflow.refit, True, fastflow.BEST
     ),

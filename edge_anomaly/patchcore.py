@@ -152,6 +152,7 @@ class PatchcoreHead(nn.Module):
     components: torch.Tensor
     bank: torch.Tensor
     bank_squares: torch.Tensor
+    chosen: torch.Tensor
     kernel: torch.Tensor
 
     def __init__(self, config: PatchcoreConfig, grid: tuple[int, int]) -> None:
@@ -170,6 +171,7 @@ class PatchcoreHead(nn.Module):
             self.register_buffer("components", torch.zeros(config.dims, config.channels, 1, 1))
         self.register_buffer("bank", torch.zeros(size, config.dims, 1, 1))
         self.register_buffer("bank_squares", torch.zeros(size))
+        self.register_buffer("chosen", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("kernel", gaussian_kernel(config.smoothing))
 
     def embed(self, features: list[torch.Tensor]) -> torch.Tensor:
@@ -273,23 +275,38 @@ def fit(model: Patchcore, images: ImageSet, session: FitSession) -> None:
     patches = len(images) * grid[0] * grid[1]
     _check_memory(model.config, fit_bytes(model.config, patches))
     config = replace(model.config, bank=model.config.bank_size(patches))
-    arrays = refit(config, _embeddings(model, images, resolve_device(session.device)))
+    arrays, chosen = _fitted(config, _embeddings(model, images, resolve_device(session.device)), None)
     model.config, model.head = config, PatchcoreHead(config, grid).eval()
-    for name, value in arrays.items():
+    for name, value in {**arrays, "chosen": chosen}.items():
         getattr(model.head, name).copy_(torch.from_numpy(value))
 
 
-def refit(config: PatchcoreConfig, embeddings: Iterable[Rows]) -> dict[str, Rows]:
+def refit(
+    config: PatchcoreConfig, embeddings: Iterable[Rows], *, chosen: npt.NDArray[np.int64] | None = None
+) -> dict[str, Rows]:
     """Return the head's buffers by name, from embeddings float32 [N, channels, h, w] of whichever graph made them.
+
+    chosen: int64 [bank], the head's own, keeps the patches that `fit` has chosen from the same images; without it they
+    are chosen anew. Another graph's features would lead to another choice, whose AUROC differs by chance alone.
 
     Raises:
         UsageError: there are fewer patches than the bank is to have, or one is not finite.
     """
+    return _fitted(config, embeddings, chosen)[0]
+
+
+def _fitted(
+    config: PatchcoreConfig, embeddings: Iterable[Rows], chosen: npt.NDArray[np.int64] | None
+) -> tuple[dict[str, Rows], npt.NDArray[np.int64]]:
+    """Return the head's buffers, and which patches of the sample are in its bank."""
     patches, seen = sample_patches(embeddings, config.channels, MAX_PATCHES, config.seed)
     size = config.bank_size(seen)
     axes = None if config.pca is None else principal_axes(patches, config.pca, config.seed)
-    compared = patches if axes is None else patches @ axes.T
-    vectors = patches[k_centre(compared, size, config.seed)]
+    if chosen is None:
+        chosen = k_centre(patches if axes is None else patches @ axes.T, size, config.seed)
+    elif chosen.max() >= len(patches):
+        raise UsageError(f"There are {len(patches):,} patches; the bank needs number {chosen.max():,}.", _SAME_IMAGES)
+    vectors = patches[chosen]
     mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
     # From here in float64, rounded once: the graph's distances are as good as float32 can be.
     centred = vectors.astype(np.float64) - mean
@@ -299,7 +316,10 @@ def refit(config: PatchcoreConfig, embeddings: Iterable[Rows]) -> dict[str, Rows
         "bank": -2 * bank.reshape(size, -1, 1, 1),
         "bank_squares": np.square(bank, dtype=np.float64).sum(axis=1).astype(np.float32),
     }
-    return arrays if axes is None else {**arrays, "components": axes.reshape(*axes.shape, 1, 1)}
+    return (arrays if axes is None else {**arrays, "components": axes.reshape(*axes.shape, 1, 1)}), chosen
+
+
+_SAME_IMAGES = "Give the images that the model was fitted on."
 
 
 def sample_patches(batches: Iterable[Rows], channels: int, capacity: int, seed: int) -> tuple[Rows, int]:

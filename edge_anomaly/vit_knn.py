@@ -262,12 +262,14 @@ class VitKnnHead(nn.Module):
     """From tokens to `score` [N] and `anomaly_map` [N, h, w], all in float; `bank` is float32 [dims, vectors]."""
 
     bank: torch.Tensor
+    chosen: torch.Tensor
 
     def __init__(self, config: VitKnnConfig, grid: tuple[int, int]) -> None:
         super().__init__()
         self.rows, self.columns = grid
         self.highest = math.ceil(config.score_share * self.rows * self.columns - 1e-9)
         self.register_buffer("bank", torch.zeros(config.dims, config.bank or 1))
+        self.register_buffer("chosen", torch.zeros(config.bank or 1, dtype=torch.int64))
 
     def embed(self, tokens: list[torch.Tensor]) -> torch.Tensor:
         """Return unit vectors float32 [N, h*w, dims], whose product is the mean of the blocks' cosines."""
@@ -381,22 +383,42 @@ def fit(model: VitKnn, images: ImageSet, session: FitSession) -> None:
             f"Choosing the bank needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free.",
             "Choose a smaller --bank or --share, fewer --blocks, or fewer images.",
         )
-    arrays = refit(config, _embeddings(model, images, resolve_device(session.device)))
+    bank, chosen = _fitted(config, _embeddings(model, images, resolve_device(session.device)), None)
     model.config, model.head = config, VitKnnHead(config, grid).eval()
-    model.head.bank.copy_(torch.from_numpy(arrays["bank"]))
+    model.head.bank.copy_(torch.from_numpy(bank))
+    model.head.chosen.copy_(torch.from_numpy(chosen))
 
 
-def refit(config: VitKnnConfig, embeddings: Iterable[Embeddings]) -> dict[str, Embeddings]:
+def refit(
+    config: VitKnnConfig, embeddings: Iterable[Embeddings], *, chosen: npt.NDArray[np.int64] | None = None
+) -> dict[str, Embeddings]:
     """Return the head's bank by name, from embeddings float32 [N, h*w, dims] of whichever graph made them.
+
+    chosen: int64 [bank], the head's own, keeps the patches that `fit` has chosen from the same images; without it they
+    are chosen anew.
 
     Raises:
         UsageError: there are fewer patches than the bank is to have, or one is not finite.
     """
+    return {"bank": _fitted(config, embeddings, chosen)[0]}
+
+
+def _fitted(
+    config: VitKnnConfig, embeddings: Iterable[Embeddings], chosen: npt.NDArray[np.int64] | None
+) -> tuple[Embeddings, npt.NDArray[np.int64]]:
+    """Return the bank [dims, size], and which patches of the sample are in it."""
     as_maps = (batch.transpose(0, 2, 1)[..., np.newaxis] for batch in embeddings)
     patches, seen = sample_patches(as_maps, config.dims, MAX_PATCHES, config.seed)
     # Unit vectors: |a - b|^2 = 2 (1 - cosine), so the farthest by distance is the farthest by cosine.
-    chosen = k_centre(patches, config.bank_size(seen), config.seed)
-    return {"bank": np.ascontiguousarray(patches[chosen].T)}
+    size = config.bank_size(seen)
+    if chosen is None:
+        chosen = k_centre(patches, size, config.seed)
+    elif chosen.max() >= len(patches):
+        raise UsageError(
+            f"There are {len(patches):,} patches; the bank needs number {chosen.max():,}.",
+            "Give the images that the model was fitted on.",
+        )
+    return np.ascontiguousarray(patches[chosen].T), chosen
 
 
 def _embeddings(model: VitKnn, images: ImageSet, device: torch.device) -> Iterator[Embeddings]:

@@ -122,7 +122,7 @@ def _build(run: Run, out: Path, options: ExportOptions) -> tuple[Manifest, dict[
     if options.precision == "int8":
         images = calibration_images(run, options.calibration, count=options.calibration_images, seed=options.seed)
         with stage("int8"), open_quantiser(traced, images, cache_folder(run.path), seed=options.seed) as quantiser:
-            graphs.add_int8(quantiser, partial(_finished, run))
+            graphs.add_int8(quantiser, partial(_finished, run, model.get_submodule("head")))
             calibration = quantiser.record(graphs.float_tensors)
     rows, failures = guard.table(graphs.judged)
     say(parity_table(rows))
@@ -164,8 +164,8 @@ def _build(run: Run, out: Path, options: ExportOptions) -> tuple[Manifest, dict[
     return manifest.model_copy(update={"files": entries}), graphs.files
 
 
-def _finished(run: Run, model: onnx.ModelProto, simulate: bool) -> onnx.ModelProto:
-    return without_output(fit_again(run, model, simulate=simulate), EMBEDDING)
+def _finished(run: Run, head: nn.Module, model: onnx.ModelProto, simulate: bool) -> onnx.ModelProto:
+    return without_output(fit_again(run, head, model, simulate=simulate), EMBEDDING)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
+from torch import nn
 
 from edge_anomaly.detectors import DETECTORS
 from edge_anomaly.runs import RECORD, Run, load_run
@@ -143,14 +144,14 @@ def cache_folder(path: Path) -> Path | None:
     return path / "calibration" if os.access(path, os.W_OK) else None
 
 
-def fit_again(run: Run, graph: onnx.ModelProto, *, simulate: bool) -> onnx.ModelProto:
-    """Fit the head on the graph's own features, so that systematic rounding error cancels.
+def fit_again(run: Run, head: nn.Module, graph: onnx.ModelProto, *, simulate: bool) -> onnx.ModelProto:
+    """Fit the head on the graph's own features, so that systematic rounding error cancels; `head` is the trained one.
 
     With `simulate` the features come from the graph run as it is written, without the CPU's INT8 kernels: the file for
     TensorRT has the same numbers on any CPU that way.
     """
-    refit = DETECTORS[run.kind].refit
-    if refit is None:
+    detector = DETECTORS[run.kind]
+    if detector.refit is None:
         return graph
     model = only_output(graph, EMBEDDING).SerializeToString()
     session = open_onnxruntime(model, threads=usable_cpus(), fuse=not simulate)
@@ -161,7 +162,8 @@ def fit_again(run: Run, graph: onnx.ModelProto, *, simulate: bool) -> onnx.Model
             "needs all of them to fit the head again.",
             "Put them back, train again, or export with --precision fp32.",
         )
-    arrays = refit(run.config, _embeddings(session, paths, run.preprocess))
+    kept = {name: head.get_buffer(name).numpy() for name in detector.keeps}
+    arrays = detector.refit(run.config, _embeddings(session, paths, run.preprocess), **kept)
     session.close()
     return with_head_arrays(graph, arrays)
 

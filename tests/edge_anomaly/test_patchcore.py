@@ -15,6 +15,7 @@ from scipy import ndimage
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
+from edge_anomaly import patchcore
 from edge_anomaly.features import blurred, gaussian_kernel, joint_features
 from edge_anomaly.image_set import ImageSet
 from edge_anomaly.patchcore import (
@@ -237,6 +238,21 @@ def test_refit_on_the_models_own_embeddings_is_its_head(images: ImageSet, tmp_pa
         assert torch.equal(getattr(model.head, name), torch.from_numpy(value)), name
     for name, value in refit(model.config, [1.1 * batch for batch in own]).items():
         assert getattr(model.head, name).shape == value.shape
+
+
+def test_a_bank_keeps_its_patches_on_other_features() -> None:
+    """Another graph's features would lead to another choice; with `chosen` they are those of the same patches."""
+    settings = config(bank=40)
+    features = embeddings(30)
+    first, chosen = patchcore._fitted(settings, in_batches(features, 7), None)
+    noisy = (features + np.random.default_rng(5).normal(0, 0.5, features.shape)).astype(np.float32)
+    kept = refit(settings, in_batches(noisy, 4), chosen=chosen)
+    rows = noisy.transpose(0, 2, 3, 1).reshape(-1, CHANNELS)[chosen]
+    np.testing.assert_allclose(kept["bank"].reshape(40, -1) / -2 + kept["mean"].reshape(1, -1), rows, atol=1e-5)
+    same = refit(settings, in_batches(features, 11), chosen=chosen)
+    assert all(np.array_equal(same[name], value) for name, value in first.items())
+    with pytest.raises(UsageError, match="the bank needs number"):
+        refit(settings, [features[:2]], chosen=chosen)
 
 
 @pytest.mark.parametrize(
