@@ -360,7 +360,9 @@ class Builder(Strict):
         if self._trt._stop_build:
             import signal
 
-            signal.raise_signal(signal.SIGINT)
+            handler = signal.getsignal(signal.SIGINT)
+            assert callable(handler)
+            handler(signal.SIGINT, None)
         goes_on: bool = monitor.step_complete(phase, 0)
         monitor.phase_finish(phase)
         return goes_on
