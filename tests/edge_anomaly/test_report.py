@@ -535,7 +535,7 @@ def test_bundle_page_says_what_the_model_is() -> None:
         "Held out for the limits 70",
         "Labelled test images 60 good, 20 scratch",
         "openvino 2026.1.0",
-        "128 normal images, 32 of them with a synthetic anomaly",
+        "128 images, 32 of them with a synthetic anomaly",
     ):
         assert expected in text
 
