@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -415,21 +416,22 @@ def test_a_damaged_engine_is_built_anew_without_force(make_gpu: MakeGpu, trt_bun
     assert build_engine(trt_bundle).new
 
 
-@pytest.mark.slow  # in one process with the whole suite it did not end; alone it takes a second
 @pytest.mark.parametrize(("force", "builds"), [(False, 1), (True, 2)])
 def test_a_second_builder_waits_for_the_first_and_takes_its_engine(
-    make_gpu: MakeGpu, trt_bundle: Path, capsys: pytest.CaptureFixture[str], force: bool, builds: int
+    make_gpu: MakeGpu, trt_bundle: Path, monkeypatch: pytest.MonkeyPatch, force: bool, builds: int
 ) -> None:
     """As two containers do that share the cache; without the lock each would remove the other's temporary folder."""
     gpu = make_gpu()
     first = build_engine(trt_bundle)
     aside = gpu.cache / "aside"
     first.folder.rename(aside)
+    told: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(tensorrt_build, "say", told.put)
     with ThreadPoolExecutor() as pool:
         with locked(lock_path(first.folder)):
             second = pool.submit(build_engine, trt_bundle, force=force)
-            while "waiting for it" not in capsys.readouterr().err:
-                assert not second.done()
+            assert "waiting for it" in told.get(timeout=60)
+            assert not second.done()
             aside.rename(first.folder)
         assert second.result(timeout=60).new is force
     assert len(gpu.trt._asked["attempts"]) == builds
