@@ -46,6 +46,7 @@ from edge_anomaly_export.exporting import export_run
 from edge_anomaly_export.options import ExportOptions
 from edge_anomaly_export.trt_lint import lint
 from edge_anomaly_runtime.bundle import Bundle, read_bundle
+from edge_anomaly_runtime.engine_openvino import openvino_core
 from edge_anomaly_runtime.errors import EdgeAnomalyError
 from edge_anomaly_runtime.preprocess import Preprocess
 from edge_anomaly_runtime.scoring import Scorer, open_scorer
@@ -137,9 +138,7 @@ def tensorrt_check(bundle: Bundle, file: str) -> dict[str, Any]:
 
 def executed_int8(bundle: Bundle) -> float:
     """Return the share of the backbone's convolutions and matrix products that OpenVINO runs in INT8."""
-    import openvino as ov
-
-    core = ov.Core()
+    core = openvino_core()
     model = core.read_model(bundle.read("openvino/model.xml"), bundle.read("openvino/model.bin"))
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     heavy = integer = 0

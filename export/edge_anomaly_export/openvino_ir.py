@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 import openvino as ov
 
+from edge_anomaly_runtime.engine_openvino import openvino_core
 from edge_anomaly_runtime.errors import EdgeAnomalyError
 
 
@@ -16,7 +17,7 @@ def ir_from_onnx(model: onnx.ModelProto) -> tuple[bytes, bytes]:
 
     (By default OpenVINO would store them as FP16, which a Mahalanobis head does not bear.)
     """
-    graph = ov.Core().read_model(model.SerializeToString())
+    graph = openvino_core().read_model(model.SerializeToString())
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch) / "model.xml"
         try:

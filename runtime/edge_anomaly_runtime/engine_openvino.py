@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
@@ -44,13 +46,24 @@ class OpenVinoSession:
         return counts
 
 
+@functools.cache
+def openvino_core() -> ov.Core:
+    """Return the one Core of this process; it is never freed.
+
+    The CPU plugin sets an alternative signal stack for the thread that loads it and takes it away when its Core goes.
+    With two Cores closed in the order they were opened, the thread is left with a stack that is unmapped, and the next
+    signal with a handler, a SIGTERM say, kills the process with SIGSEGV (OpenVINO 2026.1).
+    """
+    return ov.Core()
+
+
 def open_openvino(model: bytes, *, weights: bytes | None, threads: int) -> OpenVinoSession:
     """Compile an ONNX graph (`weights` None) or an IR from bytes.
 
     Raises:
         ArtefactError: OpenVINO refuses the graph, or does not keep to f32.
     """
-    core = ov.Core()
+    core = openvino_core()
     settings = {
         # Without it an FP32 model silently runs in bf16 on CPUs that have it.
         "INFERENCE_PRECISION_HINT": "f32",

@@ -360,9 +360,7 @@ class Builder(Strict):
         if self._trt._stop_build:
             import signal
 
-            handler = signal.getsignal(signal.SIGINT)
-            assert callable(handler)
-            handler(signal.SIGINT, None)
+            signal.raise_signal(signal.SIGINT)
         goes_on: bool = monitor.step_complete(phase, 0)
         monitor.phase_finish(phase)
         return goes_on

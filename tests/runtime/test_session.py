@@ -265,6 +265,25 @@ def test_the_int8_graph_is_another_graph_that_ranks_like_the_float_one(
     assert np.corrcoef(scores["int8"], scores["fp32"])[0, 1] > 0.8
 
 
+def test_a_signal_after_engines_were_exchanged_reaches_its_handler(tiny_bundle: Path) -> None:
+    """A Core per session left the thread with an unmapped signal stack: the next SIGTERM was a SIGSEGV."""
+    code = """
+import signal, sys
+from pathlib import Path
+from edge_anomaly_runtime.scoring import open_scorer
+
+heard = []
+signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+first = open_scorer(Path(sys.argv[1]), engine="openvino", precision="fp32")
+second = open_scorer(Path(sys.argv[1]), engine="openvino", precision="fp32")
+first.close()
+second.close()
+signal.raise_signal(signal.SIGTERM)
+assert heard == [signal.SIGTERM]
+"""
+    subprocess.run([sys.executable, "-c", code, str(tiny_bundle)], timeout=60, check=True)
+
+
 def test_the_backbone_really_runs_in_int8(bundle_folder: Path) -> None:
     from edge_anomaly_runtime.engine_openvino import OpenVinoSession
 
