@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from latency import median_ms  # the benchmark beside this one
 
 from edge_anomaly.autoencoder import AutoencoderConfig
 from edge_anomaly.classifier import ClassifierConfig
@@ -49,7 +50,7 @@ from edge_anomaly_runtime.bundle import Bundle, read_bundle
 from edge_anomaly_runtime.engine_openvino import openvino_core
 from edge_anomaly_runtime.errors import EdgeAnomalyError
 from edge_anomaly_runtime.preprocess import Preprocess
-from edge_anomaly_runtime.scoring import Scorer, open_scorer
+from edge_anomaly_runtime.scoring import open_scorer
 
 LITE = "efficientnet_lite0"
 RESNETS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
@@ -144,13 +145,7 @@ def executed_int8(bundle: Bundle) -> float:
     heavy = integer = 0
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: value.value for key, value in node.get_rt_info().items()}
-        if info.get("layerType") not in (
-            "Convolution",
-            "GroupConvolution",
-            "FullyConnected",
-            "MatMul",
-            "Deconvolution",
-        ):
+        if info.get("layerType") not in HEAVY_LAYERS:
             continue
         names = str(info.get("originalLayersNames", ""))
         if "head/" in names and "backbone/" not in names:
@@ -213,18 +208,6 @@ def without_refit(run_path: Path, items: Any, scratch: Path) -> float | None:
     return auroc(predictions.scores, defective)
 
 
-def median_ms(scorer: Scorer, inputs: np.ndarray, calls: int) -> float:
-    """Return the p50 of a block of calls, after a short warm-up: engines are never timed interleaved call by call."""
-    for index in range(10):
-        scorer.session.run(inputs[index % len(inputs)][np.newaxis])
-    samples = []
-    for index in range(calls):
-        start = time.perf_counter()
-        scorer.session.run(inputs[index % len(inputs)][np.newaxis])
-        samples.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(samples))
-
-
 def measure_latency(name: str, rounds: int, scratch: Path) -> dict[str, Any]:
     """Return the ratio of FP32 to INT8 p50 on OpenVINO, the whole graph, in alternating blocks of calls."""
     run = quick_run(name, 224, 40, scratch)
@@ -235,8 +218,11 @@ def measure_latency(name: str, rounds: int, scratch: Path) -> dict[str, Any]:
         open_scorer(scratch / "latency.eab", engine="openvino", precision="fp32") as plain,
         open_scorer(scratch / "latency.eab", engine="openvino", precision="int8") as quantised,
     ):
-        calls = max(10, min(200, round(1500 / median_ms(plain, inputs, 5))))
-        pairs = [(median_ms(plain, inputs, calls), median_ms(quantised, inputs, calls)) for _ in range(rounds)]
+        calls = max(10, min(200, round(1500 / median_ms(plain, inputs, 5, warm_up=10))))
+        pairs = [
+            (median_ms(plain, inputs, calls, warm_up=10), median_ms(quantised, inputs, calls, warm_up=10))
+            for _ in range(rounds)
+        ]
     ratios = [slow / fast for slow, fast in pairs]
     return {
         "model": name,

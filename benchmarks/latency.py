@@ -35,9 +35,9 @@ def make_bundle(backbone: str, scratch: Path) -> Path:
     return bundle
 
 
-def median_ms(scorer: Scorer, inputs: np.ndarray, calls: int) -> float:
+def median_ms(scorer: Scorer, inputs: np.ndarray, calls: int, *, warm_up: int = 30) -> float:
     """Return the p50 of a block of calls, after a short warm-up: engines are never timed interleaved call by call."""
-    for index in range(30):
+    for index in range(warm_up):
         scorer.session.run(inputs[index % len(inputs)][np.newaxis])
     samples = []
     for index in range(calls):

@@ -20,12 +20,13 @@ from edge_anomaly_runtime.session import CPU_ENGINES, Session, is_installed, ope
 from .fp16 import strongly_typed_fp16, with_fp16_weights
 from .options import ExportOptions
 from .quantising import CPU, TENSORRT, Quantiser
-from .tensorrt_target import say_unverified, tensorrt_files
+from .tensorrt_target import STRONG_NAMES, say_unverified, tensorrt_files
 
 FLOAT_MODEL = "model.onnx"
 FP16_MODEL = "model.fp16.onnx"
 INT8_CPU_MODEL = "model.int8.cpu.onnx"
 INT8_TENSORRT_MODEL = "model.int8.trt.onnx"
+TYPED_FP16_MODEL = STRONG_NAMES["fp16"]
 IR_XML, IR_BIN = "openvino/model.xml", "openvino/model.bin"
 
 # Over the guard's limit, so many tensors may be left float before the export gives up.
@@ -49,7 +50,7 @@ class Assembly:
     """What the bundle will hold.
 
     `models`: by file, the graph; `files`: by name, the bytes; `keys`: 'engine/precision' to file; `judged`: by key;
-    `float_tensors`: by file, what the guard has left float; `typed`: the graph that computes in FP16, for TensorRT.
+    `float_tensors`: by file, what the guard has left float.
     """
 
     options: ExportOptions
@@ -59,7 +60,6 @@ class Assembly:
     keys: dict[str, str] = field(default_factory=dict)
     judged: dict[str, Any] = field(default_factory=dict)
     float_tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    typed: bytes = b""
 
     def add_float(self, model: onnx.ModelProto) -> None:
         """Add the float file, which every engine can read; at precision fp16, the one with FP16 weights too."""
@@ -72,7 +72,8 @@ class Assembly:
             self.keys["tensorrt/fp32"], self.judged["tensorrt/fp32"] = FLOAT_MODEL, self.judged["onnxruntime/fp32"]
             if is_half:
                 self.keys["tensorrt/fp16"] = FLOAT_MODEL
-                self.typed = strongly_typed_fp16(model).SerializeToString()
+                typed = strongly_typed_fp16(model)
+                self.models[TYPED_FP16_MODEL], self.files[TYPED_FP16_MODEL] = typed, typed.SerializeToString()
                 self.judged["tensorrt/fp16"] = self.judge.judge(self.open("tensorrt/fp16"), "tensorrt/fp16")
 
     def add_int8(self, quantiser: Quantiser, finish: Callable[[onnx.ModelProto, bool], onnx.ModelProto]) -> None:
@@ -108,6 +109,7 @@ class Assembly:
                 opset=options.used_opset,
                 alpha_warn=options.alpha_warn,
                 alpha_fail=options.alpha_fail,
+                typed_fp16=self.models.get(TYPED_FP16_MODEL),
             )
             self.files.update(files)
         say_unverified()
@@ -122,7 +124,7 @@ class Assembly:
         engine, _, precision = key.partition("/")
         if engine == "tensorrt":
             # The builder makes FP16 of the float file on the device; the typed graph rounds at the same places.
-            data = self.typed if precision == "fp16" else self.files[name]
+            data = self.files[TYPED_FP16_MODEL if precision == "fp16" else name]
             return open_onnxruntime(data, threads=usable_cpus(), fuse=precision == "fp32")
         if precision == "int8" and not int8_instructions():
             return open_onnxruntime(self.files[INT8_CPU_MODEL], threads=usable_cpus(), fuse=False)

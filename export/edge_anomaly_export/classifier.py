@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,25 +15,13 @@ from PIL import Image
 
 from edge_anomaly.classifier import ClassData, Classifier, LabeledImages, open_class_data, predict
 from edge_anomaly.prediction import Pixels
-from edge_anomaly.report import bundle_report
 from edge_anomaly.resnet import VARIANTS
-from edge_anomaly.runs import now_utc, package_versions
 from edge_anomaly.train_classifier import KIND, ClassifierRun, load_classifier
 from edge_anomaly_calibration.guard import GuardLimits
 from edge_anomaly_calibration.qdq_graph import cast_image_first
 from edge_anomaly_calibration.selection import CalibrationImages, StratifiedImages, choose_calibration_images
-from edge_anomaly_runtime.atomic import new_folder
-from edge_anomaly_runtime.bundle import (
-    GOLDEN_MAPS,
-    SCHEMA,
-    GoldenImage,
-    InputContract,
-    Manifest,
-    ModelInfo,
-    OutputInfo,
-    ParityRow,
-    file_entry,
-)
+from edge_anomaly_runtime.atomic import check_free, new_folder
+from edge_anomaly_runtime.bundle import GoldenImage, Manifest, OutputInfo, ParityRow
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.errors import GateError, UsageError
 from edge_anomaly_runtime.images import list_images
@@ -44,10 +29,11 @@ from edge_anomaly_runtime.progress import say, track
 from edge_anomaly_runtime.session import Session
 
 from .assembling import Assembly, stage
-from .exporting import GOLDEN_TOLERANCE, gate, say_written, write_bundle
+from .bundling import finish_bundle, gate, model_info, say_written
+from .golden import store_golden
 from .graph import onnx_from_detector
 from .options import ExportOptions, check_requirements
-from .parity import FLOAT_LIMIT
+from .parity import FLOAT_LIMIT, backend_name
 from .quantising import cache_folder, open_quantiser
 
 Logits = npt.NDArray[np.float64]
@@ -90,8 +76,9 @@ class ClassifierJudge:
         flips = int((logits.argmax(axis=1) != self.reference.argmax(axis=1)).sum())
         accuracy, before = (float((values.argmax(axis=1) == self.labels).mean()) for values in (logits, self.reference))
         images, reasons = len(self.labels), []
-        if key.endswith("/fp32"):
-            limit = f"logit {FLOAT_LIMIT:g}"
+        is_float = key.endswith("/fp32")
+        limit = f"logit {FLOAT_LIMIT:g}" if is_float else self.limits.for_classes()
+        if is_float:
             if difference > FLOAT_LIMIT:
                 reasons.append(f"a logit differs by {difference:.1e} of the largest ({limit})")
         else:
@@ -100,9 +87,8 @@ class ClassifierJudge:
                 reasons.append(f"accuracy falls by {before - accuracy:.2%} (limit {self.limits.accuracy_drop:.1%})")
             if flips > max(1.0, self.limits.flips * images):
                 reasons.append(f"{flips} of {images} classes change (limit {self.limits.flips:.1%})")
-        limit = f"logit {FLOAT_LIMIT:g}" if key.endswith("/fp32") else self.limits.for_classes()
         row = ParityRow(
-            backend=key.replace("/", " ") + (" simulated" if key.startswith("tensorrt/") else ""),
+            backend=backend_name(key),
             images=images,
             score_difference=difference,
             map_difference=0.0,
@@ -120,25 +106,20 @@ def export_classifier(run_path: Path, out: Path, options: ExportOptions | None =
     """Export a classifier's run to a bundle folder `out` and return its manifest.
 
     Raises:
-        GateError: parity or the INT8 guard failed and `allow_drop` is not set; no bundle is written.
-        ArtefactError: the run is not finished or damaged, or a file has an operator that TensorRT cannot take.
-        UsageError, MissingRequirementError, OutputError: see `errors`.
+        GateError, ArtefactError, UsageError, MissingRequirementError, OutputError: as `exporting.export_run` does.
     """
     options = options or ExportOptions()
     check_requirements(options)
     torch.set_num_threads(usable_cpus())
     run, model = load_classifier(run_path)
     with new_folder(out, force=options.force) as folder:
-        manifest, files = _build(run, model, out, options)
-        write_bundle(folder, manifest, files)
+        manifest = _build(run, model, folder, out.name, options)
     say_written(out, manifest, options)
     return manifest
 
 
 def classifier_plan(run_path: Path, out: Path, options: ExportOptions) -> list[str]:
     """Return what `export_classifier` would do, in words, without doing it."""
-    from edge_anomaly_runtime.atomic import check_free
-
     check_requirements(options)
     run, _ = load_classifier(run_path)
     check_free(out, force=options.force)
@@ -153,9 +134,7 @@ def classifier_plan(run_path: Path, out: Path, options: ExportOptions) -> list[s
     ]
 
 
-def _build(
-    run: ClassifierRun, model: Classifier, out: Path, options: ExportOptions
-) -> tuple[Manifest, dict[str, bytes]]:
+def _build(run: ClassifierRun, model: Classifier, folder: Path, name: str, options: ExportOptions) -> Manifest:
     data = open_class_data(run.source, run.preprocess, validation_share=run.validation, seed=run.config.seed)
     if data.classes != run.config.classes:
         raise UsageError(f"{run.source} has other classes than the model.", "Put the data back, or train again.")
@@ -185,36 +164,26 @@ def _build(
     golden, golden_files = _golden(judge, run.config.classes, {key: partial(graphs.open, key) for key in graphs.keys})
     graphs.files.update(golden_files)
     grey = [float(picture.mean()) for picture in data.train.pixels.numpy()]
-    parameters: dict[str, Any] = {**asdict(run.config), "opset": options.used_opset, "images": len(data.train)}
-    if options.allow_drop:
-        parameters["allow_drop"] = True
     kinds = len(run.config.classes)
     outputs = [OutputInfo(name="logits", role="logits", shape=(1, kinds))]
     if run.config.features:
         outputs.append(OutputInfo(name="features", role="features", shape=(1, VARIANTS[run.config.depth].features)))
-    manifest = Manifest(
-        schema=SCHEMA,
-        name=out.name.removesuffix(".eab"),
-        seq=int(time.time()),
-        created_utc=now_utc(),
-        precision=options.precision,
-        model=ModelInfo(kind=KIND, parameters=parameters),
-        input=InputContract(shape=(1, size, size, 3), preprocess=run.preprocess, brightness=(min(grey), max(grey))),
-        outputs=tuple(outputs),
-        graphs=graphs.keys,
+    return finish_bundle(
+        folder,
+        name,
+        graphs,
+        model=model_info(KIND, asdict(run.config), options, images=len(data.train)),
+        preprocess=run.preprocess,
+        brightness=(min(grey), max(grey)),
+        outputs=outputs,
         thresholds={},
-        parity=tuple(rows),
+        parity=rows,
         calibration=calibration,
-        golden=tuple(golden),
-        golden_tolerance=GOLDEN_TOLERANCE,
+        golden=golden,
         training=run.data,
-        versions=package_versions(),
         seed=run.config.seed,
-        files={},
+        normal_scores={},
     )
-    graphs.files["report/index.html"] = bundle_report(manifest, {}).encode()
-    entries = {name: file_entry(content) for name, content in sorted(graphs.files.items())}
-    return manifest.model_copy(update={"files": entries}), graphs.files
 
 
 def classification_table(rows: Sequence[ParityRow]) -> str:
@@ -265,22 +234,9 @@ def _golden(
         rows = [session.run(judge.pixels[index][np.newaxis])["logits"][0] for index in chosen]
         session.close()
         logits[key] = np.stack(rows)
-    files: dict[str, bytes] = {}
-    entries = []
-    for number, index in enumerate(chosen):
-        buffer = io.BytesIO()
-        Image.fromarray(judge.pixels[index]).save(buffer, "PNG")
-        name = f"golden/{number:03}.png"
-        files[name] = buffer.getvalue()
-        entries.append(
-            GoldenImage(
-                file=name,
-                preprocessed=True,
-                scores={key: float(values[number].max()) for key, values in logits.items()},
-                verdicts={key: classes[int(values[number].argmax())] for key, values in logits.items()},
-            )
-        )
-    buffer = io.BytesIO()
-    arrays = {key.replace("/", "-"): values for key, values in logits.items()}
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    return entries, {**files, GOLDEN_MAPS: buffer.getvalue()}
+    return store_golden(
+        [(Image.fromarray(judge.pixels[index]), True) for index in chosen],
+        scores={key: values.max(axis=1).tolist() for key, values in logits.items()},
+        verdicts={key: [classes[index] for index in values.argmax(axis=1)] for key, values in logits.items()},
+        arrays=logits,
+    )

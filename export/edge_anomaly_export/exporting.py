@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,49 +12,28 @@ import onnx
 import torch
 from torch import nn
 
-from edge_anomaly.report import bundle_report
-from edge_anomaly.runs import Run, load_model, load_run, now_utc, package_versions
+from edge_anomaly.runs import Run, load_model, load_run
 from edge_anomaly_calibration.guard import GuardLimits
 from edge_anomaly_calibration.qdq_graph import cast_image_first
 from edge_anomaly_runtime.atomic import check_free, new_folder
-from edge_anomaly_runtime.bundle import (
-    MANIFEST,
-    MANIFEST_DIGEST,
-    SCHEMA,
-    InputContract,
-    Manifest,
-    ModelInfo,
-    OutputInfo,
-    ParityRow,
-    digest_line,
-    file_entry,
-    manifest_bytes,
-)
+from edge_anomaly_runtime.bundle import Manifest, OutputInfo, ParityRow
 from edge_anomaly_runtime.cpu import usable_cpus
-from edge_anomaly_runtime.errors import GateError
 from edge_anomaly_runtime.images import file_sha256
 from edge_anomaly_runtime.progress import say
 from edge_anomaly_runtime.session import Session
 
 from . import trt_check
 from .assembling import Assembly, stage
+from .bundling import finish_bundle, gate, model_info, say_written
 from .comparison import Comparison, read_comparison
 from .golden import golden_from_images
 from .graph import EMBEDDING, onnx_from_detector, without_output
 from .matrix import TARGETS
 from .options import ExportOptions, check_least_tensorrt, check_requirements
 from .parity import Judged, compare_graph, parity_table
-from .quantising import (
-    cache_folder,
-    calibration_images,
-    fit_again,
-    open_quantiser,
-)
+from .quantising import cache_folder, calibration_images, fit_again, open_quantiser
 
 _SAMPLES = 8
-
-# Largest |score - expected| / |expected| of the self-test, on the engine that made the expected values.
-GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "int8": 5e-2}
 
 
 def export_run(run_path: Path, out: Path, options: ExportOptions | None = None) -> Manifest:
@@ -72,8 +50,7 @@ def export_run(run_path: Path, out: Path, options: ExportOptions | None = None) 
     run = load_run(run_path)
     check_least_tensorrt(run.kind, options)
     with new_folder(out, force=options.force) as folder:
-        manifest, files = _build(run, out, options)
-        write_bundle(folder, manifest, files)
+        manifest = _build(run, folder, out.name, options)
     say_written(out, manifest, options)
     return manifest
 
@@ -107,7 +84,7 @@ def export_plan(run_path: Path, out: Path, options: ExportOptions) -> list[str]:
     return [*lines, f"writes {out}"]
 
 
-def _build(run: Run, out: Path, options: ExportOptions) -> tuple[Manifest, dict[str, bytes]]:
+def _build(run: Run, folder: Path, name: str, options: ExportOptions) -> Manifest:
     model = load_model(run)
     comparison = read_comparison(run, alpha_warn=options.alpha_warn, alpha_fail=options.alpha_fail)
     with stage("onnx"):
@@ -134,34 +111,23 @@ def _build(run: Run, out: Path, options: ExportOptions) -> tuple[Manifest, dict[
     normal_paths = comparison.paths[: comparison.holdout]
     golden, golden_files = golden_from_images(normal_paths, comparison.pixels, sessions, thresholds, seed=run.seed)
     graphs.files.update(golden_files)
-    manifest = Manifest(
-        schema=SCHEMA,
-        name=out.name.removesuffix(".eab"),
-        seq=int(time.time()),
-        created_utc=now_utc(),
-        precision=options.precision,
-        model=_model_info(run, model, options),
-        input=InputContract(
-            shape=(1, run.preprocess.height, run.preprocess.width, 3),
-            preprocess=run.preprocess,
-            brightness=run.brightness,
-        ),
+    head = sum(value.nbytes for key, value in model.state_dict().items() if key.startswith("head."))
+    return finish_bundle(
+        folder,
+        name,
+        graphs,
+        model=model_info(run.kind, {**asdict(run.config), "head_bytes": head}, options, images=len(run.fit)),
+        preprocess=run.preprocess,
+        brightness=run.brightness,
         outputs=_outputs(reference),
-        graphs=graphs.keys,
         thresholds=thresholds,
-        parity=tuple(rows),
+        parity=rows,
         calibration=calibration,
-        golden=tuple(golden),
-        golden_tolerance=GOLDEN_TOLERANCE,
+        golden=golden,
         training={**run.data, "images_sha256": _hash_of_files(run.fit), "weights": run.weights},
-        versions=package_versions(),
         seed=run.seed,
-        files={},
+        normal_scores={key: value.predictions.scores[: comparison.holdout] for key, value in graphs.judged.items()},
     )
-    normal = {key: value.predictions.scores[: comparison.holdout] for key, value in graphs.judged.items()}
-    graphs.files["report/index.html"] = bundle_report(manifest, normal).encode()
-    entries = {name: file_entry(data) for name, data in sorted(graphs.files.items())}
-    return manifest.model_copy(update={"files": entries}), graphs.files
 
 
 def _finished(run: Run, head: nn.Module, model: onnx.ModelProto, simulate: bool) -> onnx.ModelProto:
@@ -196,27 +162,6 @@ class _Guard:
         return rows, failures
 
 
-def gate(failures: Sequence[str], options: ExportOptions) -> None:
-    """Refuse, or with `allow_drop` accept and say so, what differs too much from the trained model."""
-    if not failures:
-        return
-    if not options.allow_drop:
-        raise GateError(
-            f"The exported graph does not score like the trained model. {'; '.join(failures)}.",
-            "Calibrate on more images (--calibration-images, --calibration), export with --precision fp32, or accept "
-            "it with --allow-drop, which the manifest records.",
-        )
-    say(f"Accepted with --allow-drop: {'; '.join(failures)}")
-
-
-def _model_info(run: Run, model: nn.Module, options: ExportOptions) -> ModelInfo:
-    head = sum(value.nbytes for name, value in model.state_dict().items() if name.startswith("head."))
-    parameters = {**asdict(run.config), "head_bytes": head, "opset": options.used_opset, "images": len(run.fit)}
-    if options.allow_drop:
-        parameters["allow_drop"] = True
-    return ModelInfo(kind=run.kind, parameters=parameters)
-
-
 def _outputs(reference: Judged) -> tuple[OutputInfo, ...]:
     rows, columns = reference.predictions.maps.shape[1:]
     return (
@@ -225,29 +170,9 @@ def _outputs(reference: Judged) -> tuple[OutputInfo, ...]:
     )
 
 
-def say_written(out: Path, manifest: Manifest, options: ExportOptions) -> None:
-    """Say what there is now and what to type next."""
-    size = sum(entry.size for entry in manifest.files.values())
-    say(f"{out}: {len(manifest.files)} files, {size / 1e6:.1f} MB")
-    if options.targets == ("tensorrt",):
-        say(f"Next, on the device: edge-anomaly engine build {out}; edge-anomaly score {out} IMAGES")
-    else:
-        say(f"Next: edge-anomaly selftest {out}; edge-anomaly score {out} IMAGES")
-
-
 def _hash_of_files(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         if path.exists():
             digest.update(file_sha256(path).encode())
     return digest.hexdigest()
-
-
-def write_bundle(folder: Path, manifest: Manifest, files: dict[str, bytes]) -> None:
-    """Write all files, the manifest last."""
-    for name, data in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(data)
-    data = manifest_bytes(manifest)
-    (folder / MANIFEST_DIGEST).write_bytes(digest_line(data))
-    (folder / MANIFEST).write_bytes(data)

@@ -12,14 +12,13 @@ from PIL import Image
 
 from edge_anomaly.prediction import Pixels, predict, session_scores
 from edge_anomaly_calibration.selection import synthetic_anomaly
-from edge_anomaly_runtime.bundle import GoldenImage, Thresholds
+from edge_anomaly_runtime.bundle import GOLDEN_MAPS, GoldenImage, Thresholds
 from edge_anomaly_runtime.images import load_image
 from edge_anomaly_runtime.scoring import verdict_of
 from edge_anomaly_runtime.session import Session
 
 _NORMAL, _SYNTHETIC = 5, 3
 _MAX_PIXELS = 2_000_000
-_MAPS = "golden/maps.npz"
 
 
 def golden_from_images(
@@ -35,25 +34,52 @@ def golden_from_images(
     `pixels`: the model inputs of `paths`, uint8 [n, height, width, 3]. Returns the manifest's entries and the files.
     """
     stored = _choose(paths, pixels, seed)
-    scores: dict[str, npt.NDArray[np.float64]] = {}
+    scores: dict[str, list[float]] = {}
     maps: dict[str, npt.NDArray[np.float32]] = {}
     for key, open_session in sessions.items():
         session = open_session()
         inputs = [model_input for _, model_input, _ in stored]
         result = predict(session_scores(session), inputs, what=key, total=len(inputs))
         session.close()
-        scores[key], maps[key.replace("/", "-")] = result.scores, result.maps
-    files: dict[str, bytes] = {}
-    entries = []
-    for index, (picture, _, preprocessed) in enumerate(stored):
+        scores[key], maps[key] = result.scores.tolist(), result.maps
+    pictures = [(picture, preprocessed) for picture, _, preprocessed in stored]
+    verdicts = {key: [verdict_of(score, thresholds[key]) for score in own] for key, own in scores.items()}
+    return store_golden(pictures, scores=scores, verdicts=verdicts, arrays=maps)
+
+
+def store_golden(
+    pictures: Sequence[tuple[Image.Image, bool]],
+    *,
+    scores: Mapping[str, Sequence[float]],
+    verdicts: Mapping[str, Sequence[str]],
+    arrays: Mapping[str, npt.NDArray[np.float32]],
+) -> tuple[list[GoldenImage], dict[str, bytes]]:
+    """Return the manifest's entries and the files of pictures, each with whether it is the model input itself.
+
+    `scores`, `verdicts`, `arrays` (maps or logits): by 'engine/precision', one for each picture.
+    """
+    entries, files = [], {}
+    for index, (picture, preprocessed) in enumerate(pictures):
         name = f"golden/{index:03}.png"
-        files[name] = _png(picture)
-        own = {key: float(values[index]) for key, values in scores.items()}
-        verdicts = {key: verdict_of(score, thresholds[key]) for key, score in own.items()}
-        entries.append(GoldenImage(file=name, preprocessed=preprocessed, scores=own, verdicts=verdicts))
+        files[name] = png_bytes(picture)
+        entries.append(
+            GoldenImage(
+                file=name,
+                preprocessed=preprocessed,
+                scores={key: values[index] for key, values in scores.items()},
+                verdicts={key: values[index] for key, values in verdicts.items()},
+            )
+        )
     buffer = io.BytesIO()
-    np.savez(buffer, **maps)  # type: ignore[arg-type]
-    return entries, {**files, _MAPS: buffer.getvalue()}
+    np.savez(buffer, **{key.replace("/", "-"): values for key, values in arrays.items()})  # type: ignore[arg-type]
+    return entries, {**files, GOLDEN_MAPS: buffer.getvalue()}
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """Return a picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _choose(paths: Sequence[Path], pixels: Pixels, seed: int) -> list[tuple[Image.Image, Pixels, bool]]:
@@ -70,9 +96,3 @@ def _choose(paths: Sequence[Path], pixels: Pixels, seed: int) -> list[tuple[Imag
         damaged = synthetic_anomaly(pixels[index % len(paths)], np.random.default_rng([seed, index]))
         chosen.append((Image.fromarray(damaged), damaged, True))
     return chosen
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -15,23 +15,18 @@ class Target:
     """One value of --target.
 
     package, extra: what this machine needs for it, and how pip brings it; None where the export's own packages do.
-    engines: who reads the files. note: what is written.
+    note: what is written.
     """
 
     package: str | None
     extra: str
-    engines: tuple[str, ...]
     note: str
 
 
 TARGETS: dict[str, Target] = {
-    "onnx": Target(
-        None, "export", ("onnxruntime", "openvino"), "one ONNX file per precision, read by both CPU engines"
-    ),
-    "openvino": Target(
-        "openvino", "openvino", ("openvino",), "OpenVINO IR at the bundle's precision, beside the ONNX files"
-    ),
-    "tensorrt": Target(None, "export", ("tensorrt",), "ONNX files and a recipe; the engine is built on the device"),
+    "onnx": Target(None, "export", "one ONNX file per precision, read by both CPU engines"),
+    "openvino": Target("openvino", "openvino", "OpenVINO IR at the bundle's precision, beside the ONNX files"),
+    "tensorrt": Target(None, "export", "ONNX files and a recipe; the engine is built on the device"),
 }
 
 MODELS: tuple[str, ...] = (CLASSIFIER, *DETECTORS)

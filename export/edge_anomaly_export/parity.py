@@ -43,7 +43,7 @@ def compare_graph(
     )
     is_float = key.endswith("/fp32")
     row = ParityRow(
-        backend=key.replace("/", " ") + (" simulated" if key.startswith("tensorrt/") else ""),
+        backend=backend_name(key),
         images=scores.size,
         score_difference=difference,
         map_difference=_map_difference(reference.predictions.maps, judged.predictions.maps),
@@ -54,6 +54,15 @@ def compare_graph(
         ok=difference <= FLOAT_LIMIT if is_float else not report.failures,
     )
     return row, report
+
+
+def backend_name(key: str) -> str:
+    """Return how tables name the graph of an 'engine/precision'; TensorRT is simulated here.
+
+    >>> backend_name("tensorrt/int8")
+    'tensorrt int8 simulated'
+    """
+    return key.replace("/", " ") + (" simulated" if key.startswith("tensorrt/") else "")
 
 
 def parity_table(rows: Sequence[ParityRow]) -> str:

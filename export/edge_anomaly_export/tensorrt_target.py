@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,6 +17,7 @@ from edge_anomaly_runtime.tensorrt_recipe import RECIPE, BuildFiles, TensorrtRec
 
 from . import trt_check
 from .fp16 import strongly_typed_fp16
+from .golden import png_bytes
 from .matrix import version_parts
 from .trt_lint import findings_text, lint
 
@@ -46,12 +46,14 @@ def tensorrt_files(
     opset: int,
     alpha_warn: float,
     alpha_fail: float,
+    typed_fp16: onnx.ModelProto | None = None,
 ) -> dict[str, bytes]:
     """Return the recipe and its files: graphs for strongly typed builds, and normal images for the thresholds there.
 
     `weak`: by precision, the name and graph of the file for TensorRT up to 10. `normal`: held-out model inputs, uint8
     [n, height, width, 3]; `samples`: a few of any kind, to compare the graphs for TensorRT 11 with the others on.
-    `version`: the oldest TensorRT that must take the files.
+    `version`: the oldest TensorRT that must take the files. `typed_fp16`: what `strongly_typed_fp16` has made of the
+    graph of precision fp16, where that is there already.
 
     Raises:
         ArtefactError: a file breaks a rule that TensorRT enforces, or NVIDIA's parser or builder refuses it.
@@ -64,7 +66,8 @@ def tensorrt_files(
         strong = name
         if precision in STRONG_NAMES:
             strong = STRONG_NAMES[precision]
-            typed = strongly_typed_fp16(model)
+            made = typed_fp16 if precision == "fp16" else None
+            typed = strongly_typed_fp16(model) if made is None else made
             check_tensorrt(strong, typed, max(version, "11.0", key=version_parts))
             _check_half(strong, typed, model, samples)
             files[strong] = typed.SerializeToString()
@@ -72,7 +75,7 @@ def tensorrt_files(
     names = []
     for index, image in enumerate(normal[:_MAX_NORMAL]):
         names.append(f"tensorrt/normal-{index:03}.png")
-        files[names[-1]] = _png(image)
+        files[names[-1]] = png_bytes(Image.fromarray(image))
     recipe = TensorrtRecipe(
         opset=opset,
         graphs=graphs,
@@ -135,9 +138,3 @@ def say_unverified() -> None:
     say("Not verified here, and where it will be:")
     for line in UNVERIFIED:
         say(f"  {line}")
-
-
-def _png(image: Pixels) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
-    return buffer.getvalue()

@@ -35,6 +35,7 @@ from edge_anomaly_calibration.rounding import round_weights
 from edge_anomaly_calibration.selection import choose_calibration_images
 from edge_anomaly_export import assembling, exporting, quantising
 from edge_anomaly_export import comparison as comparison_module
+from edge_anomaly_export.bundling import write_bundle
 from edge_anomaly_export.comparison import read_comparison
 from edge_anomaly_export.exporting import export_run
 from edge_anomaly_export.graph import onnx_from_detector, with_head_arrays
@@ -565,7 +566,7 @@ def children() -> Iterator[list[int]]:
 
 def write(out: Path, contents: tuple[Manifest, dict[str, bytes]]) -> None:
     with new_folder(out, force=True) as folder:
-        exporting.write_bundle(folder, *contents)
+        write_bundle(folder, *contents)
 
 
 def writing_child(out: Path, contents: tuple[Manifest, dict[str, bytes]]) -> int:

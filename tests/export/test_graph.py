@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ from edge_anomaly.padim import CovarianceKind, Padim, ReductionKind
 from edge_anomaly_export.graph import only_output, onnx_from_detector, with_head_arrays, without_output
 from edge_anomaly_runtime.errors import EdgeAnomalyError
 from edge_anomaly_runtime.session import open_engine
+from tests.export.conftest import Trace
 
 Traced = tuple[Padim, onnx.ModelProto]
-Trace = Callable[[CovarianceKind, ReductionKind, float], Traced]
 
 # Every pair of settings at least once.
 CASES: list[tuple[CovarianceKind, ReductionKind, float]] = [

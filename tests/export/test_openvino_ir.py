@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,15 +12,15 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from edge_anomaly.padim import CovarianceKind, Padim, ReductionKind
 from edge_anomaly_export.openvino_ir import ir_from_onnx
 from edge_anomaly_runtime.engine_openvino import open_openvino
+from tests.export.conftest import Trace
 
 Ir = tuple[bytes, bytes]
 
 
 @pytest.fixture(scope="module")
-def graph(trace: Callable[[CovarianceKind, ReductionKind, float], tuple[Padim, onnx.ModelProto]]) -> onnx.ModelProto:
+def graph(trace: Trace) -> onnx.ModelProto:
     return trace("location", "semi-orthogonal", 0.5)[1]
 
 
