@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edge_anomaly_runtime.errors import UsageError, did_you_mean
+from edge_anomaly_runtime.errors import UsageError
 
-from .backbones import BACKBONES, DEFAULT_WEIGHTS, RANDOM_WEIGHTS, Backbone, build_backbone
-from .features import blurred, gaussian_kernel
-from .image_set import ImageSet
+from .backbones import BACKBONES, DEFAULT_WEIGHTS, RANDOM_WEIGHTS, Backbone, build_backbone, check_layers
+from .features import blurred, embeddings_of, gaussian_kernel, mean_of_largest, on_grid
+from .image_set import ImageSet, too_few_images
 from .training import FitSession, Losses, fit_epochs, resolve_device
 
 Embeddings = npt.NDArray[np.float32]
@@ -108,11 +108,7 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         if self.encoder is not None:
-            if self.encoder not in BACKBONES:
-                raise did_you_mean("encoder", self.encoder, list(BACKBONES))
-            for layer in self.layers:
-                if layer not in BACKBONES[self.encoder].layers:
-                    raise did_you_mean("layer", layer, list(BACKBONES[self.encoder].layers))
+            check_layers(self.encoder, self.layers, what="encoder")
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise UsageError(f"Layers {self.layers} are not possible.", "Name one layer or more, each once.")
         if self.code < 1:
@@ -308,15 +304,10 @@ class FeatureErrors(nn.Module):
     def forward(self, originals: list[torch.Tensor], rebuilt: list[torch.Tensor]) -> torch.Tensor:
         """Return the errors, float32 [N, layers, h, w] in [0, 2], of features [N, C, h, w] per layer."""
         maps = [
-            self._on_grid(1 - F.cosine_similarity(x, y, dim=1)[:, None])
+            on_grid(1 - F.cosine_similarity(x, y, dim=1)[:, None], self.grid)
             for x, y in zip(originals, rebuilt, strict=True)
         ]
         return torch.cat(maps, dim=1)
-
-    def _on_grid(self, layer_map: torch.Tensor) -> torch.Tensor:
-        if layer_map.shape[-2:] == self.grid:
-            return layer_map
-        return F.interpolate(layer_map, size=self.grid, mode="bilinear", align_corners=False)
 
 
 class AutoencoderHead(nn.Module):
@@ -340,9 +331,7 @@ class AutoencoderHead(nn.Module):
     def judge(self, errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return score [N], the mean of the largest values of the map, and the map [N, h, w]."""
         anomaly_map = blurred(((errors - self.mean) * self.scale).sum(dim=1), self.kernel)
-        places = anomaly_map.flatten(1)
-        largest = places.amax(dim=1) if self.top_k == 1 else places.topk(self.top_k, dim=1).values.mean(dim=1)
-        return largest, anomaly_map
+        return mean_of_largest(anomaly_map.flatten(1), self.top_k), anomaly_map
 
     def forward(
         self, originals: list[torch.Tensor], rebuilt: list[torch.Tensor]
@@ -430,7 +419,7 @@ def fit(model: Autoencoder, images: ImageSet, session: FitSession) -> None:
         UsageError: there are fewer images than MIN_IMAGES, or a loss or an error is not finite.
     """
     if len(images) < MIN_IMAGES:
-        raise _too_few_images(len(images))
+        raise too_few_images(len(images), MIN_IMAGES, ADVISED_IMAGES)
     config, chosen = model.config, model.config.settings
     optimizer = torch.optim.AdamW(
         [value for value in model.parameters() if value.requires_grad],
@@ -449,7 +438,9 @@ def fit(model: Autoencoder, images: ImageSet, session: FitSession) -> None:
         batch_size=chosen.batch_size,
         seed=config.seed,
     )
-    for name, value in refit(config, _embeddings(model, images, resolve_device(session.device))).items():
+    device, measure = resolve_device(session.device), model.head.measure
+    errors = embeddings_of(model, images, device, lambda both: measure(*both), "usual errors")
+    for name, value in refit(config, errors).items():
         getattr(model.head, name).copy_(torch.from_numpy(value))
 
 
@@ -488,7 +479,7 @@ def refit(config: AutoencoderConfig, embeddings: Iterable[Embeddings]) -> dict[s
         squares = squares + np.square(centred).sum(axis=0)
         count += len(batch)
     if count < MIN_IMAGES:
-        raise _too_few_images(count)
+        raise too_few_images(count, MIN_IMAGES, ADVISED_IMAGES)
     variance = np.maximum(squares - total**2 / count, 0) / (count - 1)
     shrinkage = config.settings.shrinkage
     pooled = (1 - shrinkage) * variance + shrinkage * variance.mean(axis=(1, 2), keepdims=True)
@@ -497,17 +488,6 @@ def refit(config: AutoencoderConfig, embeddings: Iterable[Embeddings]) -> dict[s
         "mean": (shift + total / count)[np.newaxis].astype(np.float32),
         "scale": scale[np.newaxis].astype(np.float32),
     }
-
-
-def _embeddings(model: Autoencoder, images: ImageSet, device: torch.device) -> Iterator[Embeddings]:
-    model.to(device)
-    try:
-        for batch in images.batches("usual errors"):
-            with torch.inference_mode():
-                originals, rebuilt = model.backbone(torch.from_numpy(batch).to(device))
-                yield model.head.measure(originals, rebuilt).cpu().numpy()
-    finally:
-        model.to("cpu")
 
 
 def _backbone(config: AutoencoderConfig, weights: str) -> PixelAutoencoder | FeatureAutoencoder:
@@ -542,10 +522,3 @@ def _downwards(channels: int, times: int) -> nn.Sequential:
 
 def _doubled() -> nn.Upsample:
     return nn.Upsample(scale_factor=2.0, mode="nearest")
-
-
-def _too_few_images(count: int) -> UsageError:
-    return UsageError(
-        f"{count} images to fit on are too few.",
-        f"Give at least {MIN_IMAGES}, held-out ones not counted; {ADVISED_IMAGES} or more are advisable.",
-    )

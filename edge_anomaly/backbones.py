@@ -125,12 +125,8 @@ def build_backbone(
         UsageError: unknown backbone or layer, or a file that does not fit it.
         MissingRequirementError: the weights cannot be reached.
     """
-    if name not in BACKBONES:
-        raise did_you_mean("backbone", name, list(BACKBONES))
+    check_layers(name, layers)
     spec = BACKBONES[name]
-    for layer in layers:
-        if layer not in spec.layers:
-            raise did_you_mean("layer", layer, list(spec.layers))
     torch.manual_seed(seed)
     network = _lite0_network() if name == "efficientnet_lite0" else _torchvision_network(name)
     if weights != RANDOM_WEIGHTS:
@@ -139,6 +135,19 @@ def build_backbone(
     cut = _cut_lite0 if name == "efficientnet_lite0" else _cut_resnet
     stem, stages = cut(network)
     return Backbone(spec, layers, stem, stages[: last + 1], trainable=trainable)
+
+
+def check_layers(backbone: str, layers: tuple[str, ...], *, what: str = "backbone") -> None:
+    """Refuse a backbone, which the user knows as `what`, or one of its layers that there is not.
+
+    Raises:
+        UsageError: unknown backbone or layer.
+    """
+    if backbone not in BACKBONES:
+        raise did_you_mean(what, backbone, list(BACKBONES))
+    for layer in layers:
+        if layer not in BACKBONES[backbone].layers:
+            raise did_you_mean("layer", layer, list(BACKBONES[backbone].layers))
 
 
 def _torchvision_network(name: str) -> nn.Module:

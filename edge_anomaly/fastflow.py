@@ -30,9 +30,9 @@ from edge_anomaly_calibration.selection import synthetic_anomaly
 from edge_anomaly_runtime.errors import UsageError, did_you_mean
 from edge_anomaly_runtime.progress import say, track
 
-from .backbones import BACKBONES, DEFAULT_WEIGHTS, Backbone, build_backbone
-from .features import blurred, gaussian_kernel
-from .image_set import ImageSet
+from .backbones import BACKBONES, DEFAULT_WEIGHTS, Backbone, build_backbone, check_layers
+from .features import blurred, gaussian_kernel, mean_of_largest, on_grid
+from .image_set import ImageSet, too_few_images
 from .metrics import auroc
 from .prediction import Pixels, batched
 from .training import CHECKPOINT, FitSession, Losses, Record, StopTraining, fit_epochs, resolve_device
@@ -118,11 +118,7 @@ class FastflowConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise did_you_mean("backbone", self.backbone, list(BACKBONES))
-        for layer in self.layers:
-            if layer not in BACKBONES[self.backbone].layers:
-                raise did_you_mean("layer", layer, list(BACKBONES[self.backbone].layers))
+        check_layers(self.backbone, self.layers)
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise UsageError(f"Layers {self.layers} are not possible.", "Name one layer or more, each once.")
         if self.kernels not in get_args(KernelKind):
@@ -304,13 +300,11 @@ class FastflowHead(nn.Module):
     def judge(self, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
         """Return score [N], the mean of the largest values of the map, and the map [N, h, w]."""
         maps = [
-            self._on_grid(0.5 * flow(feature)[0].square().mean(dim=1, keepdim=True))
+            on_grid(0.5 * flow(feature)[0].square().mean(dim=1, keepdim=True), self.grid)
             for flow, feature in zip(self.flows, self.standardised(features), strict=True)
         ]
         anomaly_map = blurred(torch.cat(maps, dim=1).mean(dim=1), self.kernel)
-        places = anomaly_map.flatten(1)
-        score = places.amax(dim=1) if self.top_k == 1 else places.topk(self.top_k, dim=1).values.mean(dim=1)
-        return score, anomaly_map
+        return mean_of_largest(anomaly_map.flatten(1), self.top_k), anomaly_map
 
     def moments(self, features: Features) -> torch.Tensor:
         """Return mean and variance over places of every channel, [N, 2 C]: all means of a layer, then its variances.
@@ -327,11 +321,6 @@ class FastflowHead(nn.Module):
         """Return score, anomaly map, and the moments that the standardisation is fitted on."""
         score, anomaly_map = self.judge(features)
         return score, anomaly_map, self.moments(features)
-
-    def _on_grid(self, scale_map: torch.Tensor) -> torch.Tensor:
-        if scale_map.shape[-2:] == self.grid:
-            return scale_map
-        return F.interpolate(scale_map, size=self.grid, mode="bilinear", align_corners=False)
 
 
 class Fastflow(nn.Module):
@@ -403,7 +392,7 @@ def fit(model: Fastflow, images: ImageSet, session: FitSession) -> None:
         UsageError: there are fewer images than MIN_IMAGES, or a loss is not finite.
     """
     if len(images) < MIN_IMAGES:
-        raise _too_few_images(len(images))
+        raise too_few_images(len(images), MIN_IMAGES, ADVISED_IMAGES)
     order = np.random.default_rng(model.config.seed).permutation(len(images)).tolist()
     held = min(_MOST_WATCHED, max(2, len(images) // 10))
     model.to(resolve_device(session.device))
@@ -427,7 +416,7 @@ def refit(config: FastflowConfig, embeddings: Iterable[Embeddings]) -> dict[str,
     batches = [np.asarray(batch, dtype=np.float64) for batch in embeddings]
     count = sum(map(len, batches))
     if count < MIN_IMAGES:
-        raise _too_few_images(count)
+        raise too_few_images(count, MIN_IMAGES, ADVISED_IMAGES)
     moments = np.concatenate(batches)
     if not np.isfinite(moments).all():
         raise UsageError("The backbone's features are not finite.", "Check the weights file.")
@@ -701,10 +690,3 @@ def _joined(batches: Iterable[Features]) -> Features:
 def _split(features: Features) -> Iterator[Features]:
     for start in range(0, len(features[0]), _BATCH):
         yield [feature[start : start + _BATCH] for feature in features]
-
-
-def _too_few_images(count: int) -> UsageError:
-    return UsageError(
-        f"{count} images to fit on are too few.",
-        f"Give at least {MIN_IMAGES}, held-out ones not counted; {ADVISED_IMAGES} or more are advisable.",
-    )

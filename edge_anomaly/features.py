@@ -1,10 +1,29 @@
-"""What detectors on patch features share: joint features of several layers, and the blur of the anomaly map."""
+"""What several detectors share: embeddings of images, features of several layers, blur and score of the map."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+
+from .image_set import ImageSet
+
+
+def embeddings_of(
+    model: Any, images: ImageSet, device: torch.device, embed: Callable[[Any], torch.Tensor], what: str = "fitting"
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield what `embed` makes of the backbone's features, batch by batch; the model ends on the CPU."""
+    model.to(device)
+    try:
+        for batch in images.batches(what):
+            with torch.inference_mode():
+                yield embed(model.backbone(torch.from_numpy(batch).to(device))).cpu().numpy()
+    finally:
+        model.to("cpu")
 
 
 def joint_features(features: list[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
@@ -13,13 +32,16 @@ def joint_features(features: list[torch.Tensor], grid: tuple[int, int]) -> torch
     `features` are float32 [N, C, h, w], one per layer; the order of channels is that of the layers.
     """
     pooled = [F.avg_pool2d(feature, 3, stride=1, padding=1) for feature in features]
-    same_grid = [
-        feature
-        if feature.shape[-2:] == grid
-        else F.interpolate(feature, size=grid, mode="bilinear", align_corners=False)
-        for feature in pooled
-    ]
-    return torch.cat(same_grid, dim=1)
+    return torch.cat([on_grid(feature, grid) for feature in pooled], dim=1)
+
+
+def on_grid(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Return maps [N, h, w] or [N, C, h, w], brought to the grid bilinearly where they have another."""
+    if maps.shape[-2:] == grid:
+        return maps
+    if maps.dim() == 3:
+        return on_grid(maps[:, None], grid)[:, 0]
+    return F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
 
 
 def gaussian_kernel(sigma: float) -> torch.Tensor:
@@ -37,3 +59,9 @@ def blurred(anomaly_map: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         return anomaly_map
     padded = F.pad(anomaly_map[:, None], (reach, reach, reach, reach), mode="replicate")
     return F.conv2d(padded, kernel)[:, 0]
+
+
+def mean_of_largest(places: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the mean of the `count` largest values of maps [N, h*w], [N]."""
+    # The maximum is the same without a TopK, which many accelerators lack.
+    return places.amax(dim=1) if count == 1 else places.topk(count, dim=1).values.mean(dim=1)

@@ -65,3 +65,11 @@ class ImageSet(Dataset[torch.Tensor]):
     def batches(self, what: str) -> Iterator[Pixels]:
         """Yield all images in order as uint8 [up to 16, H, W, 3] and show the progress."""
         yield from batched(track((self.image(index) for index in range(len(self))), what, len(self)))
+
+
+def too_few_images(count: int, least: int, advised: int) -> UsageError:
+    """Return the error for fewer images than a detector can be fitted on."""
+    return UsageError(
+        f"{count} images to fit on are too few.",
+        f"Give at least {least}, held-out ones not counted; {advised} or more are advisable.",
+    )

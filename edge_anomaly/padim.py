@@ -21,7 +21,7 @@ from edge_anomaly_runtime.errors import UsageError
 
 from .backbones import BACKBONES, DEFAULT_WEIGHTS, Backbone, build_backbone
 from .features import blurred, gaussian_kernel, joint_features
-from .image_set import ImageSet
+from .image_set import ImageSet, too_few_images
 from .training import FitSession
 
 CovarianceKind = Literal["location", "tied"]
@@ -32,6 +32,7 @@ ReductionKind = Literal["semi-orthogonal", "random"]
 DEFAULT_DIMS = {"efficientnet_lite0": 64, "resnet18": 64, "resnet34": 64, "resnet50": 100, "wide_resnet50_2": 100}
 
 MIN_IMAGES = 10
+ADVISED_IMAGES = 100  # said where images are too few; the warning of `announce` looks at the channels
 _BYTES = 4
 
 
@@ -210,7 +211,7 @@ def fit(model: Padim, images: ImageSet, session: FitSession) -> None:
         UsageError: there are fewer images than MIN_IMAGES, or a feature is not finite.
     """
     if len(images) < MIN_IMAGES:
-        raise too_few_images(len(images))
+        raise too_few_images(len(images), MIN_IMAGES, ADVISED_IMAGES)
     for name, value in refit(model.config, _embeddings(model, images)).items():
         getattr(model.head, name).copy_(torch.from_numpy(value))
 
@@ -220,7 +221,7 @@ def refit(config: PadimConfig, embeddings: Iterable[npt.NDArray[np.float32]]) ->
     batches = iter(embeddings)
     first = next(batches, None)
     if first is None:
-        raise too_few_images(0)
+        raise too_few_images(0, MIN_IMAGES, ADVISED_IMAGES)
     rows, columns = first.shape[2:]
     return head_arrays(config, fit_gaussian(itertools.chain([first], batches), config), (rows, columns))
 
@@ -229,14 +230,6 @@ def _embeddings(model: Padim, images: ImageSet) -> Iterator[npt.NDArray[np.float
     for batch in images.batches("fitting"):
         with torch.inference_mode():
             yield model.head.embed(model.backbone(torch.from_numpy(batch))).numpy()
-
-
-def too_few_images(count: int) -> UsageError:
-    """Return the error for fewer images than a covariance can be estimated on."""
-    return UsageError(
-        f"{count} images to fit on are too few.",
-        f"Give at least {MIN_IMAGES}, held-out ones not counted; 100 or more are advisable.",
-    )
 
 
 def fit_gaussian(embeddings: Iterable[npt.NDArray[np.float32]], config: PadimConfig) -> Gaussian:
@@ -261,7 +254,7 @@ def fit_gaussian(embeddings: Iterable[npt.NDArray[np.float32]], config: PadimCon
         squares += centred.transpose(0, 2, 1) @ centred
         count += batch.shape[0]
     if shift is None or count < MIN_IMAGES:
-        raise too_few_images(count)
+        raise too_few_images(count, MIN_IMAGES, ADVISED_IMAGES)
     mean = total / count
     covariance = (squares - count * mean.transpose(0, 2, 1) @ mean) / (count - 1)
     if config.covariance == "tied":

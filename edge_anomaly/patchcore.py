@@ -6,7 +6,7 @@ joins it next.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edge_anomaly_runtime.errors import UsageError, did_you_mean
+from edge_anomaly_runtime.errors import UsageError
 
-from .backbones import BACKBONES, DEFAULT_WEIGHTS, Backbone, build_backbone
-from .features import blurred, gaussian_kernel, joint_features
-from .image_set import ImageSet
+from .backbones import BACKBONES, DEFAULT_WEIGHTS, Backbone, build_backbone, check_layers
+from .features import blurred, embeddings_of, gaussian_kernel, joint_features
+from .image_set import ImageSet, too_few_images
 from .training import FitSession, resolve_device
 
 Rows = npt.NDArray[np.float32]
@@ -73,11 +73,7 @@ class PatchcoreConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise did_you_mean("backbone", self.backbone, list(BACKBONES))
-        for layer in self.layers:
-            if layer not in BACKBONES[self.backbone].layers:
-                raise did_you_mean("layer", layer, list(BACKBONES[self.backbone].layers))
+        check_layers(self.backbone, self.layers)
         if not 0 < self.share <= 1:
             raise UsageError(f"A bank share of {self.share:g} is not possible.", "Choose above 0, up to 1.")
         smallest = self.max_bank if self.bank is None else min(self.bank, self.max_bank)
@@ -128,16 +124,14 @@ class PatchcoreConfig:
         Raises:
             UsageError: `bank` is more than there are to choose from.
         """
-        pool = min(patches, MAX_PATCHES)
-        if self.bank is not None and self.bank > pool:
-            raise UsageError(
-                f"A bank of {self.bank:,} vectors cannot be chosen from {pool:,} patches.",
-                f"Choose a --bank of up to {pool:,}, or give more images.",
-            )
-        if self.bank is not None:
-            return self.bank
-        budget = self.max_bank if self.memory_budget is None else int(self.memory_budget * 1e6 / self.vector_bytes)
-        return max(1, min(round(self.share * patches), self.max_bank, budget, pool))
+        return vectors_to_keep(
+            patches,
+            self.vector_bytes,
+            bank=self.bank,
+            share=self.share,
+            max_bank=self.max_bank,
+            memory_budget=self.memory_budget,
+        )
 
 
 class PatchcoreHead(nn.Module):
@@ -267,15 +261,13 @@ def fit(model: Patchcore, images: ImageSet, session: FitSession) -> None:
             finite, or the work does not fit into memory.
     """
     if len(images) < MIN_IMAGES:
-        raise UsageError(
-            f"{len(images)} images to fit on are too few.",
-            f"Give at least {MIN_IMAGES}, held-out ones not counted; {ADVISED_IMAGES} or more are advisable.",
-        )
+        raise too_few_images(len(images), MIN_IMAGES, ADVISED_IMAGES)
     grid = (model.head.rows, model.head.columns)
     patches = len(images) * grid[0] * grid[1]
     _check_memory(model.config, fit_bytes(model.config, patches))
     config = replace(model.config, bank=model.config.bank_size(patches))
-    arrays, chosen = _fitted(config, _embeddings(model, images, resolve_device(session.device)), None)
+    embeddings = embeddings_of(model, images, resolve_device(session.device), model.head.embed)
+    arrays, chosen = _fitted(config, embeddings, None)
     model.config, model.head = config, PatchcoreHead(config, grid).eval()
     for name, value in {**arrays, "chosen": chosen}.items():
         getattr(model.head, name).copy_(torch.from_numpy(value))
@@ -302,10 +294,7 @@ def _fitted(
     patches, seen = sample_patches(embeddings, config.channels, MAX_PATCHES, config.seed)
     size = config.bank_size(seen)
     axes = None if config.pca is None else principal_axes(patches, config.pca, config.seed)
-    if chosen is None:
-        chosen = k_centre(patches if axes is None else patches @ axes.T, size, config.seed)
-    elif chosen.max() >= len(patches):
-        raise UsageError(f"There are {len(patches):,} patches; the bank needs number {chosen.max():,}.", _SAME_IMAGES)
+    chosen = chosen_patches(patches, size, config.seed, chosen, axes)
     vectors = patches[chosen]
     mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
     # From here in float64, rounded once: the graph's distances are as good as float32 can be.
@@ -319,7 +308,42 @@ def _fitted(
     return (arrays if axes is None else {**arrays, "components": axes.reshape(*axes.shape, 1, 1)}), chosen
 
 
-_SAME_IMAGES = "Give the images that the model was fitted on."
+def vectors_to_keep(
+    patches: int, vector_bytes: int, *, bank: int | None, share: float, max_bank: int, memory_budget: float | None
+) -> int:
+    """Return how many of so many normal patches the bank keeps; the settings are those of `PatchcoreConfig`.
+
+    Raises:
+        UsageError: `bank` is more than there are to choose from.
+    """
+    pool = min(patches, MAX_PATCHES)
+    if bank is not None and bank > pool:
+        raise UsageError(
+            f"A bank of {bank:,} vectors cannot be chosen from {pool:,} patches.",
+            f"Choose a --bank of up to {pool:,}, or give more images.",
+        )
+    if bank is not None:
+        return bank
+    budget = max_bank if memory_budget is None else int(memory_budget * 1e6 / vector_bytes)
+    return max(1, min(round(share * patches), max_bank, budget, pool))
+
+
+def chosen_patches(
+    patches: Rows, size: int, seed: int, chosen: npt.NDArray[np.int64] | None, axes: Rows | None = None
+) -> npt.NDArray[np.int64]:
+    """Return which patches make the bank: `chosen`, or where it is None a coreset of them, along `axes` if given.
+
+    Raises:
+        UsageError: there are not as many patches as `chosen` needs.
+    """
+    if chosen is None:
+        return k_centre(patches if axes is None else patches @ axes.T, size, seed)
+    if chosen.max() >= len(patches):
+        raise UsageError(
+            f"There are {len(patches):,} patches; the bank needs number {chosen.max():,}.",
+            "Give the images that the model was fitted on.",
+        )
+    return chosen
 
 
 def sample_patches(batches: Iterable[Rows], channels: int, capacity: int, seed: int) -> tuple[Rows, int]:
@@ -421,25 +445,19 @@ def _farthest(nearest: torch.Tensor, points: torch.Tensor, squares: torch.Tensor
     return chosen
 
 
-def _embeddings(model: Patchcore, images: ImageSet, device: torch.device) -> Iterator[Rows]:
-    model.to(device)
-    try:
-        for batch in images.batches("fitting"):
-            with torch.inference_mode():
-                yield model.head.embed(model.backbone(torch.from_numpy(batch).to(device))).cpu().numpy()
-    finally:
-        model.to("cpu")
-
-
 def _check_memory(config: PatchcoreConfig, needed: int) -> None:
-    """Refuse what does not fit into this machine's memory."""
+    check_memory(
+        needed,
+        f"The bank needs {needed / 1e9:.1f} GB of memory with {config.dims} channels",
+        "Choose a smaller --bank, --share or --memory-budget, fewer channels with --pca 128, or fewer images.",
+    )
+
+
+def check_memory(needed: int, need: str, advice: str) -> None:
+    """Refuse work that needs more bytes than are free; `need` says how much, and begins the message."""
     free = available_bytes()
     if free is not None and needed > free:
-        raise UsageError(
-            f"The bank needs {needed / 1e9:.1f} GB of memory with {config.dims} channels, and {free / 1e9:.1f} GB are "
-            "free.",
-            "Choose a smaller --bank, --share or --memory-budget, fewer channels with --pca 128, or fewer images.",
-        )
+        raise UsageError(f"{need}, and {free / 1e9:.1f} GB are free.", advice)
 
 
 def available_bytes(

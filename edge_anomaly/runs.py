@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -57,9 +58,6 @@ class Run:
 def save_run(folder: Path, run: Run, model: nn.Module) -> None:
     """Write the record and the weights of a run into an empty folder."""
     record = {
-        "schema": SCHEMA,
-        "model": run.kind,
-        "created_utc": now_utc(),
         "config": asdict(run.config),
         "preprocess": asdict(run.preprocess),
         "fit": [str(path) for path in run.fit],
@@ -73,6 +71,12 @@ def save_run(folder: Path, run: Run, model: nn.Module) -> None:
         "versions": run.versions,
         "seconds": run.seconds,
     }
+    write_run(folder, run.kind, record, model)
+
+
+def write_run(folder: Path, kind: str, record: Mapping[str, Any], model: nn.Module) -> None:
+    """Write a record, which gets schema, model and time, and the weights of `model` into an empty folder."""
+    record = {"schema": SCHEMA, "model": kind, "created_utc": now_utc(), **record}
     # Through Python's own write, so that a full disk is an OSError like any other.
     (folder / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in model.state_dict().items()}))
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -120,11 +124,20 @@ def load_model(run: Run) -> nn.Module:
     """
     build = DETECTORS[run.kind].build
     model = build(run.config, run.preprocess.height, run.preprocess.width, weights=RANDOM_WEIGHTS)
-    try:
-        model.load_state_dict(load_file(run.path / WEIGHTS))
-    except Exception as error:  # safetensors, OS and shape errors share no base
-        raise ArtefactError(f"{run.path / WEIGHTS} does not fit the run: {error}", "Train it again.") from error
+    load_weights(run.path, model)
     return model.eval()
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put the weights of a run into its model.
+
+    Raises:
+        ArtefactError: they are missing, damaged or of another architecture.
+    """
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except Exception as error:  # safetensors, OS and shape errors share no base
+        raise ArtefactError(f"{folder / WEIGHTS} does not fit the run: {error}", "Train it again.") from error
 
 
 def newest_run(folder: Path = Path("runs")) -> Path:

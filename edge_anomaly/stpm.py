@@ -14,15 +14,14 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from edge_anomaly_calibration.selection import synthetic_anomaly
 from edge_anomaly_runtime.errors import UsageError, did_you_mean
 
-from .backbones import BACKBONES, DEFAULT_WEIGHTS, RANDOM_WEIGHTS, Backbone, build_backbone
-from .features import blurred, gaussian_kernel
-from .image_set import ImageSet
+from .backbones import BACKBONES, DEFAULT_WEIGHTS, RANDOM_WEIGHTS, Backbone, build_backbone, check_layers
+from .features import blurred, gaussian_kernel, mean_of_largest, on_grid
+from .image_set import ImageSet, too_few_images
 from .metrics import auroc
 from .training import FitSession, fit_epochs
 
@@ -77,11 +76,7 @@ class StpmConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise did_you_mean("backbone", self.backbone, list(BACKBONES))
-        for layer in (*self.used_layers, self.map_layer):
-            if layer not in BACKBONES[self.backbone].layers:
-                raise did_you_mean("layer", layer, list(BACKBONES[self.backbone].layers))
+        check_layers(self.backbone, (*(self.layers or ()), self.map_layer))
         if not self.used_layers or len(set(self.used_layers)) < len(self.used_layers):
             raise UsageError(f"The layers {self.used_layers} are not possible.", "Name one or more, each once.")
         if self.combine not in get_args(CombineKind):
@@ -142,18 +137,11 @@ class StpmHead(nn.Module):
 
     def forward(self, teacher: list[torch.Tensor], student: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return score [N], the mean of the largest values of the blurred map, and the map [N, h, w]."""
-        maps = [self._on_grid(difference(t, s)) for t, s in zip(teacher, student, strict=True)]
+        maps = [on_grid(difference(t, s), self.grid) for t, s in zip(teacher, student, strict=True)]
         anomaly_map = blurred(
             functools.reduce(torch.mul if self.combine == "product" else torch.add, maps), self.kernel
         )
-        places = anomaly_map.flatten(1)
-        score = places.amax(dim=1) if self.top_k == 1 else places.topk(self.top_k, dim=1).values.mean(dim=1)
-        return score, anomaly_map
-
-    def _on_grid(self, layer_map: torch.Tensor) -> torch.Tensor:
-        if layer_map.shape[-2:] == self.grid:
-            return layer_map
-        return F.interpolate(layer_map[:, None], size=self.grid, mode="bilinear", align_corners=False)[:, 0]
+        return mean_of_largest(anomaly_map.flatten(1), self.top_k), anomaly_map
 
 
 class Stpm(nn.Module):
@@ -219,10 +207,7 @@ def fit(model: Stpm, images: ImageSet, session: FitSession) -> None:
         UsageError: there are fewer images than MIN_IMAGES, a loss is not finite, or the student has not learnt.
     """
     if len(images) < MIN_IMAGES:
-        raise UsageError(
-            f"{len(images)} images to fit on are too few.",
-            f"Give at least {MIN_IMAGES}, held-out ones not counted; {ADVISED_IMAGES} or more are advisable.",
-        )
+        raise too_few_images(len(images), MIN_IMAGES, ADVISED_IMAGES)
     config = model.config
     normal, synthetic = _probes(images, config.seed)
     with torch.no_grad():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 
 from edge_anomaly_runtime.atomic import check_free, new_folder
 from edge_anomaly_runtime.bundle import CLASSIFIER, MANIFEST
@@ -28,7 +27,7 @@ from .classifier import (
     open_class_data,
     predict,
 )
-from .runs import RECORD, SCHEMA, WEIGHTS, now_utc, package_versions
+from .runs import RECORD, SCHEMA, load_weights, package_versions, write_run
 from .train import is_first_process, keep_logs, quiet_unless_first_process, working_folder
 from .training import FitSession
 
@@ -127,9 +126,6 @@ def train_classifier(
 
 def _save(folder: Path, run: ClassifierRun, model: Classifier) -> None:
     record = {
-        "schema": SCHEMA,
-        "model": KIND,
-        "created_utc": now_utc(),
         "config": asdict(run.config),
         "source": run.source,
         "validation": run.validation,
@@ -138,8 +134,7 @@ def _save(folder: Path, run: ClassifierRun, model: Classifier) -> None:
         "versions": run.versions,
         "seconds": run.seconds,
     }
-    (folder / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in model.state_dict().items()}))
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    write_run(folder, KIND, record, model)
 
 
 def is_classifier_run(path: Path) -> bool:
@@ -174,10 +169,7 @@ def load_classifier(path: Path) -> tuple[ClassifierRun, Classifier]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path / RECORD} is damaged: {error}.", "Train it again.") from error
     model = build(config, config.image_size, config.image_size)
-    try:
-        model.load_state_dict(load_file(path / WEIGHTS))
-    except Exception as error:  # safetensors, OS and shape errors share no base
-        raise ArtefactError(f"{path / WEIGHTS} does not fit the run: {error}", "Train it again.") from error
+    load_weights(path, model)
     return run, model.eval()
 
 

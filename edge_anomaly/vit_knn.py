@@ -27,8 +27,17 @@ from edge_anomaly_runtime.errors import MissingRequirementError, UsageError, mis
 from edge_anomaly_runtime.progress import is_interactive, say
 
 from .backbones import DEFAULT_WEIGHTS, IMAGENET, RANDOM_WEIGHTS
-from .image_set import ImageSet
-from .patchcore import ADVISED_IMAGES, MAX_PATCHES, MIN_IMAGES, available_bytes, k_centre, sample_patches
+from .features import embeddings_of, mean_of_largest
+from .image_set import ImageSet, too_few_images
+from .patchcore import (
+    ADVISED_IMAGES,
+    MAX_PATCHES,
+    MIN_IMAGES,
+    check_memory,
+    chosen_patches,
+    sample_patches,
+    vectors_to_keep,
+)
 from .training import FitSession, resolve_device
 
 Embeddings = npt.NDArray[np.float32]
@@ -95,8 +104,8 @@ class VitKnnConfig:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise UsageError(f"A bank share of {self.share:g} is not possible.", "Choose above 0, up to 1.")
-        if self.max_bank < 1 or (self.bank is not None and self.bank < 1):
-            smallest = min(self.max_bank, self.bank or self.max_bank)
+        smallest = self.max_bank if self.bank is None else min(self.bank, self.max_bank)
+        if smallest < 1:
             raise UsageError(f"A bank of {smallest} vectors is not possible.", "Choose 1 or more.")
         if self.memory_budget is not None and self.memory_budget <= 0:
             raise UsageError(f"A memory budget of {self.memory_budget:g} MB is not possible.", "Choose above 0.")
@@ -162,21 +171,20 @@ class VitKnnConfig:
         Raises:
             UsageError: `bank` is more than there are to choose from, or `memory_budget` holds not one vector.
         """
-        pool, vector = min(patches, MAX_PATCHES), self.dims * _BYTES
-        if self.bank is not None and self.bank > pool:
-            raise UsageError(
-                f"A bank of {self.bank:,} vectors cannot be chosen from {pool:,} patches.",
-                f"Choose a --bank of up to {pool:,}, or give more images.",
-            )
-        if self.bank is not None:
-            return self.bank
-        if self.memory_budget is not None and self.memory_budget * 1e6 < vector:
+        vector = self.dims * _BYTES
+        if self.bank is None and self.memory_budget is not None and self.memory_budget * 1e6 < vector:
             raise UsageError(
                 f"A memory budget of {self.memory_budget:g} MB holds not one vector of {vector} bytes.",
                 "Choose a larger one, or fewer --blocks.",
             )
-        budget = self.max_bank if self.memory_budget is None else int(self.memory_budget * 1e6 / vector)
-        return max(1, min(round(self.share * patches), self.max_bank, budget, pool))
+        return vectors_to_keep(
+            patches,
+            vector,
+            bank=self.bank,
+            share=self.share,
+            max_bank=self.max_bank,
+            memory_budget=self.memory_budget,
+        )
 
     def parameters(self, height: int, width: int) -> int:
         """Return the number of the backbone's weights, blocks after the last used one not counted."""
@@ -281,9 +289,7 @@ class VitKnnHead(nn.Module):
         # Rounding can lift a cosine above 1.
         distances = (1 - (embedding @ self.bank).amax(dim=2)).clamp(min=0)
         anomaly_map = distances.reshape(-1, self.rows, self.columns)
-        if self.highest == 1:  # the same as below without a TopK, which many accelerators lack
-            return distances.amax(dim=1), anomaly_map
-        return distances.topk(self.highest, dim=1).values.mean(dim=1), anomaly_map
+        return mean_of_largest(distances, self.highest), anomaly_map
 
     def forward(self, tokens: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return score, anomaly map, and the embedding that the bank is chosen from."""
@@ -370,20 +376,18 @@ def fit(model: VitKnn, images: ImageSet, session: FitSession) -> None:
             finite, or the work does not fit into memory.
     """
     if len(images) < MIN_IMAGES:
-        raise UsageError(
-            f"{len(images)} images to fit on are too few.",
-            f"Give at least {MIN_IMAGES}, held-out ones not counted; {ADVISED_IMAGES} or more are advisable.",
-        )
+        raise too_few_images(len(images), MIN_IMAGES, ADVISED_IMAGES)
     grid = (model.head.rows, model.head.columns)
     patches = len(images) * grid[0] * grid[1]
     config = replace(model.config, bank=model.config.bank_size(patches))
-    needed, free = fit_bytes(config, patches), available_bytes()
-    if free is not None and needed > free:
-        raise UsageError(
-            f"Choosing the bank needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free.",
-            "Choose a smaller --bank or --share, fewer --blocks, or fewer images.",
-        )
-    bank, chosen = _fitted(config, _embeddings(model, images, resolve_device(session.device)), None)
+    needed = fit_bytes(config, patches)
+    check_memory(
+        needed,
+        f"Choosing the bank needs {needed / 1e9:.1f} GB of memory",
+        "Choose a smaller --bank or --share, fewer --blocks, or fewer images.",
+    )
+    embeddings = embeddings_of(model, images, resolve_device(session.device), model.head.embed)
+    bank, chosen = _fitted(config, embeddings, None)
     model.config, model.head = config, VitKnnHead(config, grid).eval()
     model.head.bank.copy_(torch.from_numpy(bank))
     model.head.chosen.copy_(torch.from_numpy(chosen))
@@ -410,26 +414,8 @@ def _fitted(
     as_maps = (batch.transpose(0, 2, 1)[..., np.newaxis] for batch in embeddings)
     patches, seen = sample_patches(as_maps, config.dims, MAX_PATCHES, config.seed)
     # Unit vectors: |a - b|^2 = 2 (1 - cosine), so the farthest by distance is the farthest by cosine.
-    size = config.bank_size(seen)
-    if chosen is None:
-        chosen = k_centre(patches, size, config.seed)
-    elif chosen.max() >= len(patches):
-        raise UsageError(
-            f"There are {len(patches):,} patches; the bank needs number {chosen.max():,}.",
-            "Give the images that the model was fitted on.",
-        )
+    chosen = chosen_patches(patches, config.bank_size(seen), config.seed, chosen)
     return np.ascontiguousarray(patches[chosen].T), chosen
-
-
-def _embeddings(model: VitKnn, images: ImageSet, device: torch.device) -> Iterator[Embeddings]:
-    model.to(device)
-    try:
-        for batch in images.batches("fitting"):
-            with torch.inference_mode():
-                tokens = model.backbone(torch.from_numpy(batch).to(device))
-                yield model.head.embed(tokens).cpu().numpy()
-    finally:
-        model.to("cpu")
 
 
 def _randomize(backbone: VitBackbone, seed: int) -> None:

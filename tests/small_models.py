@@ -1,4 +1,4 @@
-"""One small model of every kind, on the drawn parts at 64 px: for what all kinds must do alike."""
+"""One small model of every kind, on the drawn parts at 64 px: for what all kinds must do alike; plain pictures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 from edge_anomaly.autoencoder import AutoencoderConfig
 from edge_anomaly.classifier import ClassifierConfig
 from edge_anomaly.fastflow import FastflowConfig
+from edge_anomaly.image_set import ImageSet
 from edge_anomaly.padim import PadimConfig
 from edge_anomaly.patchcore import PatchcoreConfig
 from edge_anomaly.stpm import StpmConfig
@@ -68,3 +69,12 @@ def train_small_classifier(folder: Path) -> Path:
     config = ClassifierConfig(epochs=2, batch_size=8, learning_rate=0.02, features=True)
     train_classifier(str(folder / "data"), folder / "run", config=config)
     return folder / "run"
+
+
+def grey_blocks(folder: Path, count: int, side: int) -> ImageSet:
+    """Draw pictures with 8 x 8 blocks of random grey, `side` pixels high and wide."""
+    for index in range(count):
+        blocks = np.random.default_rng(index).integers(60, 200, (8, 8, 1), dtype=np.uint8)
+        pixels = blocks.repeat(side // 8, axis=0).repeat(side // 8, axis=1).repeat(3, axis=2)
+        Image.fromarray(pixels).save(folder / f"{index:02}.png")
+    return ImageSet(sorted(folder.iterdir()), Preprocess(side, side))

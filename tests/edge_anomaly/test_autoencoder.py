@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +40,7 @@ PIXELS = AutoencoderConfig(epochs=1)
 FEATURES = AutoencoderConfig(encoder="resnet18", epochs=1)
 VARIANTS = pytest.mark.parametrize("config", [PIXELS, FEATURES], ids=["pixels", "features"])
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def good_part(rng: np.random.Generator, size: int = 64) -> Pixels:

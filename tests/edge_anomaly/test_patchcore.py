@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
 from scipy import ndimage
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
@@ -36,7 +35,7 @@ from edge_anomaly.patchcore import (
 from edge_anomaly.training import FitSession
 from edge_anomaly_export.graph import onnx_from_detector
 from edge_anomaly_runtime.errors import UsageError
-from edge_anomaly_runtime.preprocess import Preprocess
+from tests.small_models import grey_blocks
 
 Rows = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -44,23 +43,13 @@ Doubles = npt.NDArray[np.float64]
 CHANNELS = 152
 GRID = (4, 5)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     """Eight pictures with blocks of random grey, 64 px."""
-    folder = tmp_path_factory.mktemp("normal")
-    for index in range(8):
-        blocks = np.random.default_rng(index).integers(60, 200, (8, 8, 1), dtype=np.uint8)
-        Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1).repeat(3, axis=2)).save(folder / f"{index}.png")
-    return ImageSet(sorted(folder.glob("*.png")), Preprocess(64, 64))
+    return grey_blocks(tmp_path_factory.mktemp("normal"), 8, 64)
 
 
 def config(**changes: object) -> PatchcoreConfig:

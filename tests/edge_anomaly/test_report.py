@@ -8,7 +8,6 @@ import doctest
 import io
 import re
 from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -33,9 +32,10 @@ from edge_anomaly_runtime.bundle import (
 )
 from edge_anomaly_runtime.preprocess import Preprocess
 
+from .pages import read, row_of, words
+
 Scores = npt.NDArray[np.float64]
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
 KEYS = ("onnxruntime/fp32", "onnxruntime/int8", "openvino/fp32", "openvino/int8")
 LABELS = ["good"] * 60 + [kind for kind in ("hole", "missing_part", "scratch", "stain") for _ in range(20)]
 
@@ -218,59 +218,6 @@ def bare_demo() -> str:
         commands=[],
         note="",
     )
-
-
-# Reading a page back
-
-
-class Reader(HTMLParser):
-    """Checks that tags are balanced, and keeps visible text, attributes and the cells of tables."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text: list[str] = []
-        self.rows: list[list[str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            return
-        self.text.append(data)
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-
-
-def read(page: str) -> Reader:
-    reader = Reader()
-    reader.feed(page)
-    reader.close()
-    assert reader.open == []
-    return reader
-
-
-def words(page: str) -> str:
-    return " ".join(" ".join(read(page).text).replace("\u00a0", " ").split())
-
-
-def row_of(page: str, name: str) -> list[str]:
-    return next([cell.replace("\u00a0", " ") for cell in row[1:]] for row in read(page).rows if row[0] == name)
 
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -6,7 +6,6 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from edge_anomaly.run_report import classifier_report, detector_report
 from edge_anomaly_runtime.preprocess import Preprocess
 from edge_anomaly_runtime.thresholds import fit_thresholds
 
-VOID = {"meta", "img", "br"}
+from .pages import read, row_of, words
+
 EVIL = '<b onload="x">&'
 SPEC = Preprocess(32, 32)
 LIMITS = fit_thresholds(np.arange(1.0, 101), np.arange(1.0, 101), alpha_warn=0.1, alpha_fail=0.05)  # 91, 96
@@ -125,58 +125,6 @@ def classifier_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)
     return path
-
-
-# Reading a page back
-
-
-class Reader(HTMLParser):
-    """Checks that tags are balanced, and keeps visible text, attributes and the cells of tables."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text: list[str] = []
-        self.rows: list[list[str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            return
-        self.text.append(data)
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-
-
-def read(path: Path) -> Reader:
-    reader = Reader()
-    reader.feed(path.read_text())
-    reader.close()
-    assert reader.open == []
-    return reader
-
-
-def words(path: Path) -> str:
-    return " ".join(" ".join(read(path).text).replace("\u00a0", " ").split())
-
-
-def row_of(path: Path, name: str) -> list[str]:
-    return next([cell.replace("\u00a0", " ") for cell in row[1:]] for row in read(path).rows if row[0] == name)
 
 
 # Both pages

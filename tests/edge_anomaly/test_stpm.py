@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import numpy.typing as npt
 import onnxruntime
 import pytest
 import torch
-from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cosine
 
@@ -35,29 +33,19 @@ from edge_anomaly.stpm import (
 from edge_anomaly.training import FitSession
 from edge_anomaly_export.graph import onnx_from_detector
 from edge_anomaly_runtime.errors import UsageError
-from edge_anomaly_runtime.preprocess import Preprocess
+from tests.small_models import grey_blocks
 
 Doubles = npt.NDArray[np.float64]
 
 SIDE = 32
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     """Twelve pictures with blocks of random grey."""
-    folder = tmp_path_factory.mktemp("normal")
-    for index in range(12):
-        blocks = np.random.default_rng(index).integers(60, 200, (8, 8, 1), dtype=np.uint8)
-        Image.fromarray(blocks.repeat(4, axis=0).repeat(4, axis=1).repeat(3, axis=2)).save(folder / f"{index:02}.png")
-    return ImageSet(sorted(folder.iterdir()), Preprocess(SIDE, SIDE))
+    return grey_blocks(tmp_path_factory.mktemp("normal"), 12, SIDE)
 
 
 def config(**changes: object) -> StpmConfig:

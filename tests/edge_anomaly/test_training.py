@@ -5,7 +5,7 @@ import math
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,7 @@ Losses = Callable[[nn.Module, Any], Mapping[str, torch.Tensor]]
 SETTINGS = {"layers": ("a", "b"), "learning_rate": 0.1}
 TIMES = ("seconds", "images_per_second")
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Noisy(Dataset[torch.Tensor]):

@@ -253,6 +253,12 @@ def test_a_token_of_the_bank_is_at_distance_0_and_its_opposite_at_2() -> None:
 # The bank
 
 
+def test_a_bank_without_vectors_is_refused_with_its_number() -> None:
+    for sizes in ({"bank": 0}, {"bank": -3}, {"max_bank": 0}):
+        with pytest.raises(UsageError, match=f"A bank of {min(sizes.values())} vectors"):
+            tiny(**sizes)
+
+
 def test_bank_is_a_share_of_the_normal_tokens_and_spreads_over_clusters_of_any_size() -> None:
     """Of 300 tokens, all but 3 are nearly the same: a random tenth would miss most of the rare ones."""
     tokens = np.repeat(unit_vectors(4, seed=2), [297, 1, 1, 1], axis=0)
@@ -419,7 +425,7 @@ def test_too_few_images_are_refused_with_the_number_that_is_needed(normal_images
 def test_a_fit_that_does_not_fit_into_memory_is_refused_with_both_figures(
     normal_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_anomaly.vit_knn.available_bytes", lambda: 1000)
+    monkeypatch.setattr("edge_anomaly.patchcore.available_bytes", lambda: 1000)
     with pytest.raises(UsageError, match=r"needs .* GB of memory, and 0\.0 GB are free"):
         fitted(normal_images, tmp_path)
 

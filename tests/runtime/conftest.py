@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from PIL import Image
 
 from edge_anomaly_runtime import bundle as eab
-from edge_anomaly_runtime import cuda
+from edge_anomaly_runtime import cli, cuda
 from edge_anomaly_runtime.preprocess import Preprocess
 from edge_anomaly_runtime.tensorrt_library import forget_log
 from edge_anomaly_runtime.tensorrt_recipe import RECIPE, BuildFiles, TensorrtRecipe, recipe_bytes
@@ -122,6 +124,31 @@ def _manifest() -> eab.Manifest:
         seed=0,
         files={},
     )
+
+
+# Commands
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run a command in this process; return exit code, standard output and standard error."""
+    for name in [name for name in os.environ if name.startswith("EDGE_ANOMALY_")]:
+        monkeypatch.delenv(name)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edge-anomaly", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.run(cli.app)
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 # TensorRT

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,12 @@ from PIL import Image
 from edge_anomaly_runtime import cli
 from edge_anomaly_runtime.bundle import MANIFEST, MANIFEST_DIGEST, Threshold, digest_line, manifest_bytes, read_bundle
 
-Run = Callable[..., tuple[int, str, str]]
+from .conftest import Run
+
 COMMANDS = [
     *("score", "selftest", "bench", "doctor", "bundle info", "bundle verify"),
     *("engine build", "engine info", "engine list", "engine clean"),
 ]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run a command in this process; return exit code, standard output and standard error."""
-    for name in [name for name in os.environ if name.startswith("EDGE_ANOMALY_")]:
-        monkeypatch.delenv(name)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["edge-anomaly", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.run(cli.app)
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def _module(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:

@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from edge_anomaly_runtime import cli
 from edge_anomaly_runtime.atomic import locked
 from edge_anomaly_runtime.tensorrt_cache import PLAN, onnxruntime_folder
 
-from .conftest import MakeGpu
+from .conftest import MakeGpu, Run
 from .fake_tensorrt import VERSIONS
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; return exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["edge-anomaly", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.run(cli.app)
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
 
 
 @pytest.mark.parametrize("version", VERSIONS)
