@@ -19,6 +19,7 @@ from .onnx_graph import with_outputs
 from .qdq_graph import HEAD_PREFIX, quantized_tensors, with_float_tensors
 
 Image = npt.NDArray[np.uint8]
+Taps = dict[tuple[str, int], npt.NDArray[np.float32]]
 
 
 def tensor_gains(
@@ -34,23 +35,31 @@ def tensor_gains(
     return sorted(gains, key=lambda row: -row[1])
 
 
-def _signal_to_noise(expected: list[npt.NDArray[np.float32]], model: onnx.ModelProto, images: Sequence[Image]) -> float:
+def _signal_to_noise(expected: Taps, model: onnx.ModelProto, images: Sequence[Image]) -> float:
     """Return the mean over the head's inputs of the ratio in dB: variance between images over rounding noise."""
+    taps = _taps(model, images)
     ratios = [
         np.square(reference - reference.mean(axis=0), dtype=np.float64).sum()
-        / (np.square(reference - tap, dtype=np.float64).sum() + 1e-30)
-        for reference, tap in zip(expected, _taps(model, images), strict=True)
+        / (np.square(reference - taps[place], dtype=np.float64).sum() + 1e-30)
+        for place, reference in expected.items()
     ]
     return float(np.mean(10 * np.log10(np.asarray(ratios) + 1e-30)))
 
 
-def _taps(model: onnx.ModelProto, images: Sequence[Image]) -> list[npt.NDArray[np.float32]]:
-    """Return the backbone's tensors that the head reads, in the order of its nodes, each [images, ...]."""
+def _taps(model: onnx.ModelProto, images: Sequence[Image]) -> Taps:
+    """Return the backbone's tensors that the head reads, each [images, ...], by node of the head and its input.
+
+    Quantising reorders nodes and renames tensors; the nodes of the head keep their names.
+    """
     made = {output for node in model.graph.node if not node.name.startswith(HEAD_PREFIX) for output in node.output}
-    names = [
-        name for node in model.graph.node if node.name.startswith(HEAD_PREFIX) for name in node.input if name in made
-    ]
-    session = open_engine("onnxruntime", with_outputs(model, sorted(set(names))))
+    places = {
+        (node.name, position): name
+        for node in model.graph.node
+        if node.name.startswith(HEAD_PREFIX)
+        for position, name in enumerate(node.input)
+        if name in made
+    }
+    session = open_engine("onnxruntime", with_outputs(model, sorted(set(places.values()))))
     rows = [session.run(image[np.newaxis]) for image in images]
     session.close()
-    return [np.concatenate([row[name] for row in rows]) for name in names]
+    return {place: np.concatenate([row[name] for row in rows]) for place, name in places.items()}
