@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image
 
 from .preprocess import Preprocess, content_area, source_box
 
@@ -13,6 +13,12 @@ _STOPS = np.array([0.5, 1.0, 1.5, 2.0])
 _COLOURS = np.array([[255, 240, 120], [255, 210, 0], [240, 90, 0], [150, 0, 20]], dtype=np.float64)
 _OPACITY = np.array([0.0, 0.45, 0.6, 0.7])
 _OUTLINE = (255, 0, 60)
+
+# Both by the map's value in 255ths of the last stop: tables, because a camera's pictures are drawn many times a second.
+_TABLE = np.linspace(0, _STOPS[-1], 256)
+_RAMP = np.stack([np.interp(_TABLE, _STOPS, _COLOURS[:, channel]) for channel in range(3)], axis=-1)
+_PALETTE = _RAMP.round().astype(np.uint8).tobytes()
+_MASK = (np.interp(_TABLE, _STOPS, _OPACITY) * 255).round().astype(int).tolist()
 
 
 def draw_overlay(
@@ -23,10 +29,11 @@ def draw_overlay(
     `anomaly_map`: float32 [h, w], raw scores on the model's grid. Returns an RGB picture of the same size.
     """
     relative = map_to_source(anomaly_map, image.size, spec) / max(pixel_threshold, 1e-12)
-    colours = np.stack([np.interp(relative, _STOPS, _COLOURS[:, channel]) for channel in range(3)], axis=-1)
-    opacity = np.interp(relative, _STOPS, _OPACITY)[..., np.newaxis]
-    blended = np.asarray(image, dtype=np.float64) * (1 - opacity) + colours * opacity
-    picture = Image.fromarray(blended.round().astype(np.uint8))
+    steps = Image.fromarray((np.clip(relative, 0, _STOPS[-1]) * (255 / _STOPS[-1]) + 0.5).astype(np.uint8))
+    colours = steps.copy()
+    colours.putpalette(_PALETTE)
+    picture = image.copy()
+    picture.paste(colours.convert("RGB"), mask=steps.point(_MASK))
     picture.paste(_OUTLINE, mask=_outline(relative > 1.0))
     return picture
 
@@ -51,6 +58,16 @@ def map_to_source(
 
 
 def _outline(inside: npt.NDArray[np.bool_]) -> Image.Image:
-    """Return the rim of a region as a mask, 2 pixels wide."""
-    region = Image.fromarray(inside).convert("L")
-    return ImageChops.subtract(region.filter(ImageFilter.MaxFilter(3)), region.filter(ImageFilter.MinFilter(3)))
+    """Return the rim of a region as a mask, 2 pixels wide: what has a neighbour inside and one outside."""
+    return Image.fromarray(_grown(inside) & _grown(~inside)).convert("L")
+
+
+def _grown(region: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return a region with its eight neighbours; several times faster than Pillow's rank filters."""
+    wide = region.copy()
+    wide[:, 1:] |= region[:, :-1]
+    wide[:, :-1] |= region[:, 1:]
+    grown = wide.copy()
+    grown[1:] |= wide[:-1]
+    grown[:-1] |= wide[1:]
+    return grown
