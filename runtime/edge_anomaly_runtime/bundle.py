@@ -28,6 +28,8 @@ from .preprocess import Preprocess
 SCHEMA = "edge-anomaly.bundle/1"
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
+# Optional; made after the export, so the manifest does not name it. See signing.py.
+MANIFEST_SIGNATURE = "manifest.sig"
 GOLDEN_MAPS = "golden/maps.npz"
 
 # The one kind of model without thresholds.
@@ -170,10 +172,11 @@ class Manifest(_Model):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle folder."""
+    """A verified bundle folder; `manifest_raw` are the very bytes that `manifest` was read from."""
 
     path: Path
     manifest: Manifest
+    manifest_raw: bytes = b""
 
     def read(self, name: str) -> bytes:
         """Return the content of one file, checked again on the very bytes that are returned."""
@@ -212,13 +215,23 @@ def read_bundle(path: Path | str) -> Bundle:
         raise UsageError(f"There is no bundle {path}.", "Make one with: edge-anomaly export RUN --out NAME.eab")
     if not path.is_dir():
         raise ArtefactError(f"{path} is not a bundle folder.", "A bundle is a folder NAME.eab with a manifest.json.")
-    manifest = _parse_manifest(path, _read_manifest_bytes(path))
+    raw = _read_manifest_bytes(path)
+    manifest = _parse_manifest(path, raw)
     _check_names(path, manifest)
     for name, entry in manifest.files.items():
         file = _regular(path, name)
         size = file.stat().st_size
         _check(file, entry, size, file_sha256(file) if size == entry.size else "")
-    return Bundle(path, manifest)
+    return Bundle(path, manifest, raw)
+
+
+def read_signature(path: Path) -> bytes | None:
+    """Return the content of a bundle's manifest.sig, None where there is none.
+
+    Raises:
+        ArtefactError: it is a link, a special file, or unreadable.
+    """
+    return _read_regular(path, MANIFEST_SIGNATURE) if os.path.lexists(path / MANIFEST_SIGNATURE) else None
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -292,7 +305,7 @@ def _check_names(path: Path, manifest: Manifest) -> None:
             raise ArtefactError(f"{path / MANIFEST} names a file {name!r}, which is not allowed.", _REPLACE)
     known = set(manifest.files) | {MANIFEST, MANIFEST_DIGEST}
     there = {entry.relative_to(path).as_posix() for entry in path.rglob("*") if not _is_plain_folder(entry)}
-    if extra := sorted(there - known):
+    if extra := sorted(there - known - {MANIFEST_SIGNATURE}):
         raise ArtefactError(f"{path} holds {extra[0]!r}, which is not in its manifest.", _REPLACE)
     if absent := sorted(known - there):
         raise ArtefactError(f"{path / absent[0]} is missing.", _REPLACE)

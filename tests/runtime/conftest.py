@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -33,20 +35,44 @@ GOLDEN = {50: "OK", 150: "WARN", 220: "NG"}
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A valid bundle of a few kilobytes; warn above 100, fail above 200, outlines above 60; do not change it."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny.eab"
-    (folder / "golden").mkdir(parents=True)
-    files = {"model.onnx": _red_channel_graph(), "golden/maps.npz": _maps()}
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "tiny.eab")
+
+
+def write_tiny_bundle(
+    folder: Path, *, seq: int = 1, name: str = "tiny", gain: float = 1.0, normal: dict[str, float] | None = None
+) -> Path:
+    """Write the tiny bundle; all its scores and limits are `gain` times those of the usual one.
+
+    normal: what is known of the normal scores, by default their mean.
+    """
+    files = {"model.onnx": _red_channel_graph(gain), "golden/maps.npz": _maps(gain)}
     files |= {f"golden/{red:03}.png": _png(red) for red in GOLDEN}
-    manifest = _manifest().model_copy(update={"files": {name: eab.file_entry(data) for name, data in files.items()}})
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    data = eab.manifest_bytes(manifest)
-    (folder / eab.MANIFEST).write_bytes(data)
-    (folder / eab.MANIFEST_DIGEST).write_bytes(eab.digest_line(data))
+    manifest = _manifest(gain, normal or {"mean": gain * 50.0})
+    _write_files(folder, manifest.model_copy(update={"seq": seq, "name": name}), files)
     return folder
 
 
-def _red_channel_graph() -> bytes:
+MakeBundle = Callable[..., Path]
+
+
+@pytest.fixture
+def make_bundle(tiny_bundle: Path, tmp_path: Path) -> MakeBundle:
+    """Write a variant of the tiny bundle: another seq or name, other golden scores."""
+
+    def make(seq: int, *, name: str = "part", golden: float | None = None) -> Path:
+        folder = Path(shutil.copytree(tiny_bundle, tmp_path / f"source-{seq}-{golden}.eab", dirs_exist_ok=True))
+        manifest = json.loads((folder / eab.MANIFEST).read_text()) | {"seq": seq, "name": name}
+        if golden is not None:
+            manifest["golden"][0]["scores"] = dict.fromkeys(manifest["golden"][0]["scores"], golden)
+        data = json.dumps(manifest).encode()
+        (folder / eab.MANIFEST).write_bytes(data)
+        (folder / eab.MANIFEST_DIGEST).write_bytes(eab.digest_line(data))
+        return folder
+
+    return make
+
+
+def _red_channel_graph(gain: float) -> bytes:
     onnx = pytest.importorskip("onnx")
     node, value, numbers = onnx.helper.make_node, onnx.helper.make_tensor_value_info, onnx.numpy_helper.from_array
     constants = {
@@ -56,7 +82,8 @@ def _red_channel_graph() -> bytes:
         [
             node("Cast", ["image"], ["float"], to=onnx.TensorProto.FLOAT),
             node("Slice", ["float", "zero", "one", "three"], ["red"]),
-            node("Reshape", ["red", "planes"], ["plane"]),
+            node("Mul", ["red", "gain"], ["raised"]),
+            node("Reshape", ["raised", "planes"], ["plane"]),
             node("AveragePool", ["plane"], ["means"], kernel_shape=[4, 4], strides=[4, 4]),
             node("Reshape", ["means", "grid"], ["anomaly_map"]),
             node("ReduceMax", ["anomaly_map", "both"], ["score"], keepdims=0),
@@ -67,7 +94,10 @@ def _red_channel_graph() -> bytes:
             value("score", onnx.TensorProto.FLOAT, [1]),
             value("anomaly_map", onnx.TensorProto.FLOAT, [1, 4, 4]),
         ],
-        [numbers(np.array(content, dtype=np.int64), name) for name, content in constants.items()],
+        [
+            numbers(np.float32(gain), "gain"),
+            *(numbers(np.array(content, dtype=np.int64), name) for name, content in constants.items()),
+        ],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     return bytes(model.SerializeToString())
@@ -79,8 +109,8 @@ def _png(red: int) -> bytes:
     return buffer.getvalue()
 
 
-def _maps() -> bytes:
-    maps = np.stack([np.full((4, 4), red, dtype=np.float32) for red in GOLDEN])
+def _maps(gain: float) -> bytes:
+    maps = np.stack([np.full((4, 4), gain * red, dtype=np.float32) for red in GOLDEN])
     buffer = io.BytesIO()
     np.savez(buffer, **{key.replace("/", "-"): maps for key in KEYS})  # type: ignore[arg-type]
     return buffer.getvalue()
@@ -90,13 +120,14 @@ def _threshold(value: float) -> eab.Threshold:
     return eab.Threshold(value=value, alpha=0.01, method="conformal", n=300, order=298, upper95=0.02)
 
 
-def _manifest() -> eab.Manifest:
-    limits = eab.Thresholds(warn=_threshold(100), fail=_threshold(200), pixel=_threshold(60), scores={"mean": 50.0})
+def _manifest(gain: float, normal: dict[str, float]) -> eab.Manifest:
+    warn, fail, pixel = (_threshold(gain * value) for value in (100, 200, 60))
+    limits = eab.Thresholds(warn=warn, fail=fail, pixel=pixel, scores=normal)
     golden = [
         eab.GoldenImage(
             file=f"golden/{red:03}.png",
             preprocessed=red == 220,
-            scores=dict.fromkeys(KEYS, float(red)),
+            scores=dict.fromkeys(KEYS, gain * red),
             verdicts=dict.fromkeys(KEYS, verdict),
         )
         for red, verdict in GOLDEN.items()
@@ -312,7 +343,7 @@ def write_classifier_bundle(folder: Path, graph: bytes) -> None:
         golden.append(
             eab.GoldenImage(file=f"golden/{name}.png", preprocessed=True, scores={key: 100.0}, verdicts={key: name})
         )
-    manifest = _manifest().model_copy(
+    manifest = _manifest(1.0, {}).model_copy(
         update={
             "precision": "fp32",
             "model": eab.ModelInfo(kind=eab.CLASSIFIER, parameters={"classes": ["red", "blue"]}),
