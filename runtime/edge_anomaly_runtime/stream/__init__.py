@@ -1,0 +1,1 @@
+"""Scoring cameras around the clock: sources, readers, the scoring loop, sinks, operations."""
