@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
-COMMANDS = ["score", "selftest", "bench", "doctor", "export", "evaluate", "compare", "sample-data", "demo"]
+COMMANDS = ["score", "selftest", "bench", "drift", "doctor", "export", "evaluate", "compare", "sample-data", "demo"]
 GROUPS = {
-    "bundle": ["info", "verify"],
+    "bundle": ["info", "verify", "sign", "install", "activate", "rollback", "list"],
     "engine": ["build", "info", "list", "clean"],
     "train": ["padim", "patchcore", "vit-knn", "fastflow", "stpm", "autoencoder", "classifier"],
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from .cli_stream import stream
 from .errors import EdgeAnomalyError, GateError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from .bundle import Threshold
     from .scoring import Result, Scorer
+    from .store import Gate
     from .tensorrt_cache import EngineRecord
 
 app = typer.Typer(
@@ -34,7 +36,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"auto_envvar_prefix": "EDGE_ANOMALY", "help_option_names": ["-h", "--help"]},
 )
-bundle_app = typer.Typer(help="Look at a bundle, check it.", no_args_is_help=True, rich_markup_mode=None)
+bundle_app = typer.Typer(
+    help="Look at a bundle, check and sign it; keep the bundles of a device.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(bundle_app, name="bundle")
 engine_app = typer.Typer(
     help="Build TensorRT engines for this device, look at them, remove them.",
@@ -50,6 +56,17 @@ PrecisionOption = Annotated[
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Default: the CPUs that the machine or container grants.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+StoreOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder with this device's bundles.")]
+TrustOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of public keys, *.pem. A store has its own: DIR/trust.")
+]
+PolicyOption = Annotated[
+    str, typer.Option(help="Signatures: require, if-present, off; auto requires one as soon as a key is trusted.")
+]
+DowngradeOption = Annotated[
+    bool, typer.Option("--allow-downgrade", help="Accept a seq below one that was in use before.")
+]
 
 _FAIL_ON = {"ng": ("NG", "INVALID"), "warn": ("WARN", "NG", "INVALID")}
 
@@ -133,6 +150,9 @@ def score(
         raise typer.Exit(1)
 
 
+app.command()(stream)
+
+
 @app.command()
 def selftest(
     bundle: BundleArg,
@@ -204,6 +224,49 @@ def bench(
     print(f"{'cpu per image':17} {report['infer_cpu_ms']:.2f}")
 
 
+@app.command()
+def drift(
+    recordings: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="JSON lines of `stream` (rotated files too) or `score`.")
+    ],
+    bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="The bundle that made the scores.")],
+    engine: Annotated[str, typer.Option(help="auto: whose limits the records carry.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto: whose limits the records carry.")] = "auto",
+    camera: Annotated[str | None, typer.Option(metavar="NAME", help="This camera only.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Scores per window, 50 or more; some 30 parts should fit. Default: up to 1000.")
+    ] = None,
+    as_json: JsonOption = False,
+    fail_on_drift: Annotated[
+        bool, typer.Option("--fail-on-drift", help="End with code 1 if the scores of a camera have drifted.")
+    ] = False,
+) -> None:
+    """Compare recorded scores with the normal ones that the bundle's limits were set from.
+
+    Example: edge-anomaly drift out.jsonl --bundle part.eab
+    """
+    from .bundle import read_bundle
+    from .progress import say
+    from .stream.drift_report import drift_json, drift_table, recorded_drift
+
+    made_with = read_bundle(bundle)
+    cameras, left_out = recorded_drift(
+        recordings, made_with, engine=engine, precision=precision, camera=camera, window=window
+    )
+    for reason, count in left_out.items():
+        say(f"left out: {count} {reason}")
+    if as_json:
+        _print_json(drift_json(made_with, cameras, left_out))
+    else:
+        print("\n\n".join(drift_table(one) for one in cameras))
+    drifted = [repr(one.camera) for one in cameras if one.has_drifted]
+    if fail_on_drift and drifted:
+        raise GateError(
+            f"The scores of {len(drifted)} of {len(cameras)} cameras have drifted: {', '.join(drifted)}.",
+            "The report says when, how far, and what to check.",
+        )
+
+
 @bundle_app.command("info")
 def bundle_info(bundle: BundleArg, as_json: JsonOption = False) -> None:
     """Show what a bundle holds: model, input, thresholds, parity.
@@ -230,18 +293,161 @@ def bundle_info(bundle: BundleArg, as_json: JsonOption = False) -> None:
 
 
 @bundle_app.command("verify")
-def bundle_verify(bundle: BundleArg, as_json: JsonOption = False) -> None:
-    """Check every byte of a bundle against its manifest; end with code 4 if one differs.
+def bundle_verify(
+    bundle: BundleArg,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="Public key that must have signed it.")] = None,
+    trust: TrustOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of a bundle against its manifest, and its signature; end with code 4 if one is wrong.
 
-    Example: edge-anomaly bundle verify part.eab
+    With --key or --trust a good signature is required; without, none is looked at.
+
+    Example: edge-anomaly bundle verify part.eab --key site.pem
     """
     from .bundle import read_bundle
     from .progress import say
+    from .signing import check_signature, read_public_key, read_trust
 
-    manifest = read_bundle(bundle).manifest
+    verified = read_bundle(bundle)
+    count = len(verified.manifest.files)
+    signer = None
+    if key is not None or trust is not None:
+        keys = {**read_trust(trust), **(dict([read_public_key(key)]) if key is not None else {})}
+        signer = check_signature(verified, keys, policy="require")
     if as_json:
-        _print_json({"schema": "edge-anomaly.verify/1", "ok": True, "files": len(manifest.files)})
-    say(f"{bundle}: {len(manifest.files)} files match the manifest")
+        _print_json({"schema": "edge-anomaly.verify/1", "ok": True, "files": count, "signed_by": signer})
+    say(f"{bundle}: {count} files match the manifest" + (f", signed by {signer}" if signer else ""))
+
+
+@bundle_app.command("sign")
+def bundle_sign(
+    bundle: BundleArg,
+    key: Annotated[Path, typer.Option(metavar="FILE", help="Ed25519 private key, PEM.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a signature.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign a bundle: write manifest.sig over the very bytes of its manifest.
+
+    Make a key with `openssl genpkey -algorithm ed25519 -out site.key`, and its public part with
+    `openssl pkey -in site.key -pubout -out site.pem`. The password of an encrypted key comes from the environment
+    variable EDGE_ANOMALY_SIGN_PASSWORD.
+
+    Example: edge-anomaly bundle sign part.eab --key site.key
+    """
+    from .progress import say
+    from .signing import sign_bundle
+
+    key_id = sign_bundle(bundle, key, force=force)
+    if as_json:
+        _print_json({"schema": "edge-anomaly.sign/1", "signed_by": key_id})
+    say(f"{bundle}: signed by {key_id}")
+
+
+@bundle_app.command("install")
+def bundle_install(
+    bundle: BundleArg,
+    store: StoreOption,
+    activate: Annotated[bool, typer.Option("--activate", help="Bring it into use as well.")] = False,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    policy: PolicyOption = "auto",
+    trust: TrustOption = None,
+    allow_downgrade: DowngradeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a bundle into a device's store, check hashes and signature, and score its golden images.
+
+    The self-test runs in a process of its own with limits of time and memory. What is in use stays in use, unless
+    --activate is given. A kill at any moment leaves the store as it was before or after.
+
+    Example: edge-anomaly bundle install part.eab --store bundles/ --activate
+    """
+    from .progress import say
+    from .store import activate_bundle, install_bundle
+
+    gate = _gate(engine, precision, threads, policy, trust)
+    version = install_bundle(store, bundle, gate=gate)
+    if activate:
+        activate_bundle(store, version.id, gate=gate, allow_downgrade=allow_downgrade)
+    if as_json:
+        _print_json({"schema": "edge-anomaly.store/1", "active": activate, **version.model_dump(mode="json")})
+    say(f"{'active' if activate else 'installed'}: {version.id}")
+
+
+@bundle_app.command("activate")
+def bundle_activate(
+    version: Annotated[str, typer.Argument(metavar="ID", help="From `bundle list`; its beginning is enough.")],
+    store: StoreOption,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    policy: PolicyOption = "auto",
+    trust: TrustOption = None,
+    allow_downgrade: DowngradeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring an installed bundle into use; a stream that serves the store changes over while it runs.
+
+    Checked again before that: hashes, signature, golden images, and that its `seq` is not below one used before.
+
+    Example: edge-anomaly bundle activate part-1764 --store bundles/
+    """
+    from .progress import say
+    from .store import activate_bundle
+
+    gate = _gate(engine, precision, threads, policy, trust)
+    active = activate_bundle(store, version, gate=gate, allow_downgrade=allow_downgrade)
+    if as_json:
+        _print_json({"schema": "edge-anomaly.store/1", "active": True, **active.model_dump(mode="json")})
+    say(f"active: {active.id}")
+
+
+@bundle_app.command("rollback")
+def bundle_rollback(store: StoreOption, as_json: JsonOption = False) -> None:
+    """Bring the bundle that was in use before back into use.
+
+    Example: edge-anomaly bundle rollback --store bundles/
+    """
+    from .progress import say
+    from .store import roll_back
+
+    active = roll_back(store)
+    if as_json:
+        _print_json({"schema": "edge-anomaly.store/1", "active": True, **active.model_dump(mode="json")})
+    say(f"active: {active.id}")
+
+
+@bundle_app.command("list")
+def bundle_list(store: StoreOption, as_json: JsonOption = False) -> None:
+    """List the bundles of a store: which one is in use, which one was before.
+
+    Example: edge-anomaly bundle list --store bundles/
+    """
+    from .progress import say
+    from .store import read_state
+
+    state = read_state(store)
+    if as_json:
+        _print_json(state.model_dump(mode="json", by_alias=True))
+        return
+    marks = {state.previous: "previous", state.current: "active" if state.probation is None else "active, on probation"}
+    for version in state.versions:
+        print(
+            f"{version.id}  {version.precision}  {version.key_id or 'not signed'}  {marks.get(version.id, '')}".rstrip()
+        )
+    say(f"{len(state.versions)} bundles in {store}, highest seq in use so far: {state.seq}")
+
+
+def _gate(engine: str, precision: str, threads: int | None, policy: str, trust: Path | None) -> Gate:
+    from .signing import POLICIES
+    from .store import Gate
+
+    for known in POLICIES:
+        if known == policy:
+            return Gate(engine, precision, threads, known, trust)
+    raise did_you_mean("--policy", policy, list(POLICIES))
 
 
 @engine_app.command("build")
@@ -369,6 +575,8 @@ def doctor(as_json: JsonOption = False) -> None:
     print(f"{'tensorrt package':18} {tensorrt['package']}")
     if tensorrt["l4t"]:
         print(f"{'jetson':18} L4T {tensorrt['l4t']}, power mode {tensorrt['power_mode'] or 'unknown'}")
+    for name, state in report["stream"].items():
+        print(f"{name:18} {state}")
     for line in report["advice"]:
         print(line)
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from .cpu import cpu_name, int8_instructions, usable_cpus
 from .cuda import available_memory, driver_fault, runtime_fault
+from .errors import MissingRequirementError
 from .jetson import l4t_release, power_mode
 from .session import CPU_ENGINES, ENGINES
+from .stream.source_gst import CSI_ELEMENTS, NVDEC_ELEMENTS, require_gstreamer
 from .tensorrt_library import tensorrt_state
 
 SCHEMA = "edge-anomaly.doctor/1"
@@ -28,8 +30,14 @@ _PACKAGES = {
     "matplotlib": "train",
     "onnx": "export",
     "onnxscript": "export",
+    "av": "video",
+    "paho": "mqtt",
+    "cryptography": "sign",
+    "starlette": "web",
 }
-_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "paho": "paho-mqtt"}
+# What `stream` needs a package for, by its name in the report.
+_STREAM_PACKAGES = {"cameras and video": "av", "sink mqtt": "paho", "page": "starlette"}
 
 
 def examine() -> dict[str, Any]:
@@ -54,6 +62,7 @@ def examine() -> dict[str, Any]:
             **{engine: packages[ENGINES[engine][0]] is not None for engine in CPU_ENGINES},
         },
         "tensorrt": tensorrt,
+        "stream": _stream(packages),
         "advice": _advice(packages, tensorrt),
     }
 
@@ -75,6 +84,21 @@ def _tensorrt() -> dict[str, Any]:
         "power_mode": power_mode(),
         "available_memory_mib": None if memory is None else memory >> 20,
     }
+
+
+def _stream(packages: dict[str, str | None]) -> dict[str, str]:
+    """Return what `stream` can use: 'ok', or why not and what to do."""
+    report = {
+        part: "ok" if packages[package] else f'not installed. Run: pip install "edge-anomaly[{_PACKAGES[package]}]"'
+        for part, package in _STREAM_PACKAGES.items()
+    }
+    for part, elements in (("csi cameras", CSI_ELEMENTS), ("decoder nvdec", NVDEC_ELEMENTS)):
+        try:
+            require_gstreamer(part, elements)
+            report[part] = "ok"
+        except MissingRequirementError as error:
+            report[part] = f"{error.what} {error.hint}"
+    return report
 
 
 def _advice(packages: dict[str, str | None], tensorrt: dict[str, Any]) -> list[str]:

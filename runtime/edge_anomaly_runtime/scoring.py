@@ -110,15 +110,15 @@ class Scorer:
         try:
             image = load_image(path)
         except ImageError as error:
-            return self._invalid(error.reason, path=str(path))
+            return self.invalid(error.reason, path=str(path))
         return self._score(image, {"decode": _ms_since(start)}, str(path))
 
     def score_image(self, image: Image.Image | npt.NDArray[np.uint8]) -> Result:
         """Score one picture in memory: RGB, Pillow or uint8 [h, w, 3]."""
         if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
-            return self._invalid(f"the array is {image.dtype} {list(image.shape)}, not uint8 [h, w, 3]")
+            return self.invalid(f"the array is {image.dtype} {list(image.shape)}, not uint8 [h, w, 3]")
         if isinstance(image, Image.Image) and image.mode != "RGB":
-            return self._invalid(f"the picture's mode is {image.mode}, not RGB")
+            return self.invalid(f"the picture's mode is {image.mode}, not RGB")
         return self._score(image, {}, "")
 
     def _score(self, image: Image.Image | npt.NDArray[np.uint8], ms: dict[str, float], path: str) -> Result:
@@ -136,7 +136,7 @@ class Scorer:
 
     def _score_pixels(self, pixels: npt.NDArray[np.uint8], share: float, ms: dict[str, float], path: str) -> Result:
         if reason := self._exposure_fault(pixels, share):
-            return self._invalid(reason, ms, path)
+            return self.invalid(reason, ms, path)
         start = perf_counter()
         outputs = self.session.run(pixels[np.newaxis])
         ms["infer"] = _ms_since(start)
@@ -144,13 +144,13 @@ class Scorer:
             return self._classified(outputs["logits"][0], ms, path)
         score, anomaly_map = float(outputs["score"][0]), outputs["anomaly_map"][0]
         if not (math.isfinite(score) and np.isfinite(anomaly_map).all()):
-            return self._invalid("the model's output is not finite", ms, path)
+            return self.invalid("the model's output is not finite", ms, path)
         fail, warn = self.thresholds.fail.value, self.thresholds.warn.value
         return Result(verdict_of(score, self.thresholds), score, fail, warn, ms, anomaly_map, path)
 
     def _classified(self, logits: npt.NDArray[np.float32], ms: dict[str, float], path: str) -> Result:
         if not np.isfinite(logits).all():
-            return self._invalid("the model's output is not finite", ms, path)
+            return self.invalid("the model's output is not finite", ms, path)
         best = int(logits.argmax())
         probability = float(1 / np.exp(logits.astype(np.float64) - float(logits[best])).sum())
         return Result(
@@ -175,7 +175,8 @@ class Scorer:
             return f"the picture is white (mean grey level {mean / share:.1f})"
         return ""
 
-    def _invalid(self, reason: str, ms: dict[str, float] | None = None, path: str = "") -> Result:
+    def invalid(self, reason: str, ms: dict[str, float] | None = None, path: str = "") -> Result:
+        """Return the result for a picture that must not be judged, with the limits in force."""
         limits = self._thresholds
         fail, warn = (None, None) if limits is None else (limits.fail.value, limits.warn.value)
         return Result("INVALID", None, fail, warn, ms or {}, path=path, reason=reason)

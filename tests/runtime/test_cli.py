@@ -23,9 +23,11 @@ from edge_anomaly_runtime import cli
 from edge_anomaly_runtime.bundle import MANIFEST, MANIFEST_DIGEST, Threshold, digest_line, manifest_bytes, read_bundle
 
 from .conftest import Run
+from .stream.recorded import bundle_with_scores, normal_scores, stream_records, write_lines
 
 COMMANDS = [
-    *("score", "selftest", "bench", "doctor", "bundle info", "bundle verify"),
+    *("score", "stream", "drift", "selftest", "bench", "doctor", "bundle info", "bundle verify"),
+    *("bundle sign", "bundle install", "bundle activate", "bundle rollback", "bundle list"),
     *("engine build", "engine info", "engine list", "engine clean"),
 ]
 
@@ -435,7 +437,7 @@ def test_bundle_verify(run: Run, bundle_folder: Path) -> None:
     code, out, err = run("bundle", "verify", bundle_folder, "--json")
     count = len(read_bundle(bundle_folder).manifest.files)
     assert code == 0
-    assert json.loads(out) == {"schema": "edge-anomaly.verify/1", "ok": True, "files": count}
+    assert json.loads(out) == {"schema": "edge-anomaly.verify/1", "ok": True, "files": count, "signed_by": None}
     assert err == f"{bundle_folder}: {count} files match the manifest\n"
 
 
@@ -444,6 +446,75 @@ def test_thresholds_are_told_in_counts() -> None:
     assert cli.describe_threshold("fail", limit) == (
         "fail > 12.35: about 10 of 1000 good parts (95 % bound 22; conformal, n = 300)"
     )
+
+
+# drift
+
+
+@pytest.fixture
+def scored_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """The tiny bundle with the distribution of its normal scores."""
+    return bundle_with_scores(tiny_bundle, tmp_path / "scored.eab")
+
+
+def test_drift_prints_a_table_and_says_what_it_left_out(run: Run, scored_bundle: Path, tmp_path: Path) -> None:
+    records = stream_records(scored_bundle, [*normal_scores(2000), None])
+    code, out, err = run("drift", write_lines(tmp_path / "out.jsonl", records), "--bundle", scored_bundle)
+    assert (code, err) == (0, "left out: 1 without a score\n")
+    lines = out.splitlines()
+    assert lines[0] == "c0: 2000 scores, compared with 100 normal images of openvino/int8"
+    assert [line.split()[0] for line in lines[2:]] == ["1-1000", "1001-2000", "c0:"]
+    assert lines[-1] == "c0: ok."
+
+
+def test_drift_that_is_found_ends_with_code_1_when_asked_to(run: Run, scored_bundle: Path, tmp_path: Path) -> None:
+    good = write_lines(tmp_path / "good.jsonl", stream_records(scored_bundle, normal_scores(2000)))
+    bad = write_lines(tmp_path / "bad.jsonl", stream_records(scored_bundle, normal_scores(2000, shift=2), camera="c1"))
+    assert run("drift", good, bad, "--bundle", scored_bundle)[0] == 0
+    assert run("drift", good, "--bundle", scored_bundle, "--fail-on-drift")[0] == 0
+    code, out, err = run("drift", good, bad, "--bundle", scored_bundle, "--fail-on-drift")
+    assert code == 1
+    assert "c1: drifting. Scores are higher than at calibration" in out
+    assert err.splitlines()[0] == "Error: The scores of 1 of 2 cameras have drifted: 'c1'."
+    assert run("drift", good, bad, "--bundle", scored_bundle, "--fail-on-drift", "--camera", "c0")[0] == 0
+
+
+def test_drift_as_json_is_one_object(run: Run, scored_bundle: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "out.jsonl", stream_records(scored_bundle, normal_scores(300, shift=2)))
+    code, out, _ = run("drift", path, "--bundle", scored_bundle, "--json", "--window", "100", "--fail-on-drift")
+    assert code == 1
+    report = json.loads(out)
+    assert (report["schema"], report["ok"]) == ("edge-anomaly.drift/1", False)
+    assert [window["last"] for window in report["cameras"][0]["windows"]] == [100, 200, 300]
+    assert report["cameras"][0]["latest"]["state"] == "drifting"
+
+
+def test_drift_of_another_schema_ends_with_code_4(run: Run, scored_bundle: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "out.jsonl", [{"schema": "edge-anomaly.stream/2"}])
+    code, out, err = run("drift", path, "--bundle", scored_bundle)
+    assert (code, out) == (4, "")
+    assert err.startswith(f"Error: {path}, line 1 has schema 'edge-anomaly.stream/2'; drift reads")
+
+
+def test_drift_with_nothing_to_compare_ends_with_code_2(run: Run, scored_bundle: Path, tmp_path: Path) -> None:
+    for arguments, named in (
+        ([tmp_path / "absent.jsonl", "--bundle", scored_bundle], "Cannot read"),
+        ([write_lines(tmp_path / "empty.jsonl", []), "--bundle", scored_bundle], "No record can be compared"),
+        ([tmp_path / "absent.jsonl", "--bundle", tmp_path / "absent.eab"], "There is no bundle"),
+        ([tmp_path / "absent.jsonl"], "Missing option '--bundle'"),
+    ):
+        code, out, err = run("drift", *arguments)
+        assert (code, out) == (2, "")
+        assert named in err
+
+
+def test_drift_of_what_score_has_printed(run: Run, bundle_folder: Path, sample_folder: Path, tmp_path: Path) -> None:
+    code, out, _ = run("score", bundle_folder, sample_folder / "train/good", sample_folder / "test/good")
+    assert code == 0
+    (tmp_path / "scores.jsonl").write_text(out)
+    code, out, err = run("drift", tmp_path / "scores.jsonl", "--bundle", bundle_folder)
+    assert (code, err) == (0, "")
+    assert out.startswith("images: 76 scores, compared with ")
 
 
 # Help, version, environment

@@ -54,6 +54,15 @@ def test_a_missing_package_gives_the_line_to_type(monkeypatch: pytest.MonkeyPatc
         assert report["engines"][package] is False
 
 
+def test_each_part_of_stream_is_usable_or_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = examine()["stream"]
+    assert report["cameras and video"] == "ok"
+    assert "nvarguscamerasrc" in report["csi cameras"] or "gst-launch" in report["csi cameras"]
+    assert "apt-get" in report["decoder nvdec"]
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert examine()["stream"]["cameras and video"] == 'not installed. Run: pip install "edge-anomaly[video]"'
+
+
 @pytest.mark.parametrize(("found", "expected"), [([], 1), (["avx512_vnni"], 0)])
 def test_a_cpu_without_int8_instructions_is_told(
     monkeypatch: pytest.MonkeyPatch, found: list[str], expected: int
