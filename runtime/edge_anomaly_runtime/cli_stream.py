@@ -129,8 +129,8 @@ def stream(
             raise UsageError("--json and the sink stdout both want standard output.", "Leave one of them out.")
         return settings
 
-    service = Stream(read(), reload=read)
-    signals = _Signals(service)
+    signals = _Signals()
+    service = signals.service = Stream(read(), reload=read)
     if any(camera.waits_for_trigger for camera in service.cameras):
         threading.Thread(target=_read_triggers, args=(service,), name="triggers", daemon=True).start()
     status = service.run()
@@ -143,21 +143,28 @@ def stream(
 
 
 class _Signals:
-    """SIGTERM and SIGINT end in order, a second one at once; SIGHUP reloads."""
+    """SIGTERM and SIGINT end in order, a second one at once; SIGHUP reloads. Without a service yet they just end."""
 
-    def __init__(self, service: Stream) -> None:
+    def __init__(self) -> None:
+        self.service: Stream | None = None
         self.first: int | None = None
-        self._service = service
         # Own handlers for both: Typer lets SIGTERM kill the process, and a shell's background job ignores SIGINT.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
-        signal.signal(signal.SIGHUP, lambda *_: service.request_reload())
+        signal.signal(signal.SIGHUP, self._reload)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
+        if self.service is None:
+            # As an exception, so that a model's trial in a child process is ended, too.
+            raise SystemExit(130 if number == signal.SIGINT else 0)
         if self.first is not None:
             os._exit(128 + number)
         self.first = number
-        self._service.stop()
+        self.service.stop()
+
+    def _reload(self, number: int, frame: FrameType | None) -> None:
+        if self.service is not None:
+            self.service.request_reload()
 
 
 def _read_triggers(service: Stream) -> None:

@@ -64,9 +64,8 @@ def _decode(path: Path) -> Image.Image:
                 path, f"{file.width}x{file.height} pixels are more than {MAX_PIXELS // 1_000_000} megapixels"
             )
         file.load()
-        upright = ImageOps.exif_transpose(file)
-        upright.format = file.format
-        return _as_rgb(upright, path)
+        ImageOps.exif_transpose(file, in_place=True)  # a copy of the largest picture is 200 MB
+        return _as_rgb(file, path)
 
 
 def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
@@ -80,7 +79,7 @@ def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def list_images(sources: Iterable[Path | str]) -> list[Path]:

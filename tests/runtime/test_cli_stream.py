@@ -134,6 +134,16 @@ def test_a_signal_drains_and_leaves_whole_lines(
     assert f"{scored} scored" in err
 
 
+def test_a_signal_before_the_first_frame_ends_the_trial_of_the_model_too(tiny_bundle: Path) -> None:
+    with started(tiny_bundle, "--source", "test://moving") as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until(lambda: children.read_text().strip() != "", 60)
+        child = int(children.read_text().split()[0])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    assert not Path(f"/proc/{child}").exists()
+
+
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """A web server that accepts connections and never answers."""

@@ -81,6 +81,7 @@ class Camera:
         self._ages_ms: deque[float] = deque(maxlen=_AGES)
         self._scored_at_ns: deque[int] = deque(maxlen=_AGES)
         self._told_state = "connecting"
+        self._size: tuple[int, int] | None = None
         self.new_model()
 
     def new_model(self) -> None:
@@ -124,13 +125,21 @@ class Camera:
         self.verdict, self._reason = verdict, kind
         return changed
 
+    def resized(self) -> str:
+        """Return what to say when the camera's pictures have another size than before, '' otherwise."""
+        size = self.reader.status().size
+        before, self._size = self._size, size
+        if not self.live or size is None or before in (None, size):
+            return ""
+        return f"pictures are {size[0]}x{size[1]} now, {before[0]}x{before[1]} before"
+
     def fault(self) -> tuple[str, str] | None:
         """Return state and cause when the camera has just stopped delivering, None otherwise."""
         status = self.reader.status()
         if status.state == self._told_state or not self.live:
             return None
         self._told_state = status.state
-        if status.state not in ("stalled", "lost", "unauthorised"):
+        if status.state not in ("damaged", "stalled", "lost", "unauthorised"):
             return None
         self.verdict, self._reason = "INVALID", status.state
         return status.state, status.cause
@@ -162,6 +171,7 @@ class Camera:
             "camera": self.name,
             "state": status.state,
             "cause": status.cause,
+            "size": None if status.size is None else list(status.size),
             "captured": status.captured,
             "scored": self.scored,
             "drops": self.drops(),

@@ -27,7 +27,7 @@ from .source import (
 )
 from .uri import redact
 
-State = Literal["connecting", "up", "stalled", "lost", "unauthorised", "ended"]
+State = Literal["connecting", "up", "damaged", "stalled", "lost", "unauthorised", "ended"]
 Answer = TypeVar("Answer")
 
 # One call to a source asks for so long at most, so that a close is noticed.
@@ -40,7 +40,8 @@ _MAX_ABANDONED = 4
 class ReaderOptions:
     """Time limits in seconds, all on the monotonic clock.
 
-    stalled_s: without a picture for so long a camera is `stalled`. late_s: a picture that was waited for longer is
+    stalled_s: without a picture for so long a camera is `stalled`, with
+    damaged ones only `damaged`. late_s: a picture that was waited for longer is
     stale. max_age_s: so is one that lay in the mailbox for longer. reconnect_s: a camera that sent nothing for so long
     is connected anew. hung_s: a call that has not come back by then is left behind with its thread. backoff_s: first
     and longest wait before another attempt; back to the first after healthy_s. refused_s: wait after wrong credentials
@@ -142,6 +143,7 @@ class Reader:
         self._cause = ""
         self._since_ns = monotonic_ns()
         self._last_ns: int | None = None
+        self._trusted_ns = 0
         self._connects = self._resizes = self._stalls = 0
         self._size: tuple[int, int] | None = None
         self._wait_s = 0.0
@@ -218,6 +220,9 @@ class Reader:
                 return "stalled", stalled_at, f"no picture for {limit_s:g} s"
             if self._state == "connecting":
                 return "lost", stalled_at, f"no picture within {limit_s:g} s of the start"
+        damaged_at = max(self._since_ns, self._trusted_ns) + int(limit_s * 1e9)
+        if self.live and self._state == "up" and monotonic_ns() > damaged_at:
+            return "damaged", damaged_at, f"no undamaged picture for {limit_s:g} s"
         return self._state, self._since_ns, self._cause
 
     def _enter(self, state: State, cause: str) -> None:
@@ -330,6 +335,8 @@ class Reader:
                     self._stalls += 1
                     self._since_ns = captured_ns  # up again from here on
                 self._last_ns = captured_ns
+                if not distrust:
+                    self._trusted_ns = captured_ns
                 self._enter("up", f"damaged: {distrust}" if distrust else invalid)
         if is_stale or is_repeated or is_dropped:
             self._box.drop("stale" if is_stale else "duplicate" if is_repeated else "distrusted")

@@ -282,6 +282,9 @@ class Stream:
                 self.failure = SourceError(
                     f"{camera.name} is {state}: {cause}.", "Check the camera; --fail-fast ends here."
                 )
+        if change := camera.resized():
+            say(f"{camera.name}: {change}")
+            self._send(event_of(camera.name, "resized", change, model=camera.slot.model.name, drops=camera.drops()))
         if self._settings.fail_fast and self.failure is None:
             self.failure = camera.reader.error
 

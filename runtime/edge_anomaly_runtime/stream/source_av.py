@@ -41,7 +41,8 @@ _PROTOCOLS: dict[Kind, str] = {
     "v4l2": "file",
 }
 _V4L2_OPTIONS = {"size": "video_size", "fps": "framerate", "format": "input_format"}
-_MAX_PIXELS = 50_000_000
+# 4K has 8.3 million; decoding H.264 of 49 million took 1.7 GB.
+_MAX_PIXELS = 16_000_000
 
 _REFUSED = {
     "HTTPUnauthorizedError": "the user name or password is wrong (401)",

@@ -200,6 +200,18 @@ def test_a_repeated_picture_is_dropped() -> None:
         gate.set()
 
 
+def test_a_camera_that_sends_only_damaged_pictures_is_not_up() -> None:
+    """Nothing of it is scored, so the last verdict would stand for ever."""
+    bad = [replace(picture(n), corrupt="corrupt packet") for n in range(1, 150)]
+    gate = threading.Event()
+    with reader_of(Scripted([picture(0), *bad, picture(150), gate])) as reader:
+        wait_for(lambda: reader.status().state == "damaged")
+        assert reader.status().cause == "no undamaged picture for 0.3 s"
+        assert reader.status().captured > 10, "pictures come"
+        wait_for(lambda: reader.status().state == "up")
+        gate.set()
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_damaged_pictures_of_a_camera_are_dropped_or_marked(keep: bool) -> None:
     gate = threading.Event()

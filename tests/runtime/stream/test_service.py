@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,27 @@ def test_a_camera_that_stalls_is_told_as_invalid_and_comes_back(tiny_bundle: Pat
     assert event["reason"].startswith("camera ")
     seqs = [row["seq"] for row in rows if row["seq"] is not None]
     assert seqs == sorted(set(seqs))
+
+
+def test_another_size_is_told(tiny_bundle: Path, tmp_path: Path) -> None:
+    pixels = {"small": np.zeros((40, 40, 3), np.uint8), "large": np.zeros((80, 60, 3), np.uint8)}
+    stream = Stream(settings(tiny_bundle, "test://moving?fps=50", out=tmp_path / "out.jsonl"))
+    source = stream.cameras[0].reader._make_source()
+    read = source.read
+    shown = ["small"]
+
+    def resized(timeout: float) -> Any:
+        picture = read(timeout)
+        return picture and replace(picture, pixels=pixels[shown[0]] + 90)
+
+    source.read = resized  # type: ignore[method-assign]
+    with running(stream):
+        wait_until(lambda: stream.status()["cameras"][0]["size"] == [40, 40] and stream.cameras[0].scored > 5)
+        wait_until(lambda: stream.cameras[0]._size == (40, 40))
+        shown[0] = "large"
+        wait_until(lambda: "resized" in _events(tmp_path / "out.jsonl"))
+    event = next(row for row in records(tmp_path / "out.jsonl") if "event" in row)
+    assert "pictures are 60x80 now, 40x40 before" in event["reason"]
 
 
 def _events(out: Path) -> list[str]:

@@ -12,6 +12,7 @@ const MEANINGS = { OK: "within the limits", WARN: "above the warn limit", NG: "a
 const STATES = {
   up: "Live",
   connecting: "Connecting",
+  damaged: "Only damaged pictures",
   stalled: "No pictures come",
   lost: "Camera lost",
   unauthorised: "Camera refuses access",
