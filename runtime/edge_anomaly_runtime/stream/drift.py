@@ -5,9 +5,10 @@ changes, the scores move and the promise is void, mostly without any other sign.
 
 The rule, which the tests check by simulation:
 
-- Shift: the share of scores above the calibration's median, which should be 1/2. Spread: the share outside of its 5 %
-  and 95 % quantiles. Both are shares, so they hold for scores of any distribution, and a defect counts as one frame
-  however high it scores: a share `_DEFECTS` of bad parts is allowed for.
+- Shift: the share of scores below the calibration's median, which should be 1/2. Spread: the share outside of its 5 %
+  and 95 % quantiles. Shape, for what keeps both, such as one of two kinds of parts: the share below any quantile. These
+  are shares, so they hold for scores of any distribution, and a defect counts as one frame however high it scores: a
+  share `_DEFECTS` of bad parts is allowed for.
 - Frames are no independent draws: a part is seen in many. The error of a share is therefore that of the mean of a
   correlated series, with its autocorrelations summed as long as sums of neighbouring pairs stay positive and do not
   rise (initial monotone sequence, Geyer 1992, Statistical Science 7(4)), after adding back what the subtraction of
@@ -17,8 +18,9 @@ The rule, which the tests check by simulation:
   follows a Beta distribution (Wilks 1941), of which `_expected_outside` and `_limit` take mean and deviation.
 - Window and calibration enter with limits of their own, added and not squared: a window's error is drawn anew all day
   long, the calibration's only once.
-- What is significant must matter as well: half a sigma, or 1.4 times the spread. A window narrower than the calibration
-  shows a part of what is normal (a line that stands still), so its median may lie anywhere in the rest.
+- What is significant must matter as well: half a sigma, 1.4 times the spread, or a KS distance of 1/4. A window that is
+  narrower than the calibration shows a part of what is normal (a line that stands still), so its median may lie
+  anywhere in the rest, and its shape is not judged.
 - A window with too few independent frames grows, up to `_GROWTH` times; if that is too few still, nothing is said.
 - An episode begins when four looks in a row, a tenth of the window apart, agree; it ends when four are below 0.7 of the
   limits.
@@ -47,7 +49,7 @@ _MIN_SCORES, _MIN_INDEPENDENT, _ENOUGH_INDEPENDENT = 20, 20.0, 150.0
 # In standard errors of the window and of the calibration.
 _WINDOW_Z, _CALIBRATION_Z = 3.0, 2.0
 _DEFECTS = 0.05
-_SHIFT_SIGMA, _SPREAD = 0.5, 1.4
+_SHIFT_SIGMA, _SPREAD, _KS = 0.5, 1.4, 0.25
 # What ends an episode, in parts of the limits that begin it, so that the state does not flap.
 _END = 0.7
 _LOOKS_PER_WINDOW = 10
@@ -112,17 +114,18 @@ class DriftReport:
 
 @dataclass(frozen=True)
 class _Look:
-    """One window against the reference; `shift` and `spread` are in parts of their limits, from 1 on there is drift."""
+    """One window against the reference; `shift`, `spread` and `shape` in parts of their limits: from 1 on, drift."""
 
     figures: Figures
     n: int
     n_independent: float
     shift: float
     spread: float
+    shape: float
 
     @property
     def worst(self) -> float:
-        return max(self.shift, self.spread)
+        return max(self.shift, self.spread, self.shape)
 
     @property
     def is_known(self) -> bool:
@@ -269,14 +272,18 @@ def look_at(scores: Scores, reference: Reference, *, block: int = 1) -> _Look:
     n_median = independent(scores > _quantile(ordered, 50), block)
     n_outside = independent((scores < _quantile(ordered, 5)) | (scores > _quantile(ordered, 95)), block)
 
-    limit = _limit(0.5, n_median, reference.n) + _DEFECTS / 2
-    moved = _moved(ordered, reference.median, 0.5)
-    shift = min(moved / limit, abs(figures.shift_sigma) / max(_SHIFT_SIGMA, _hidden(figures.spread)))
+    moved = {
+        percent: _moved(ordered, value, percent / 100) / _below_limit(percent / 100, n_median, reference.n)
+        for percent, value in zip(PERCENTS, reference.quantiles, strict=True)
+    }
+    hidden = _hidden(figures.spread)
+    shift = min(moved[50], abs(figures.shift_sigma) / max(_SHIFT_SIGMA, hidden))
+    shape = 0.0 if hidden else min(max(moved.values()), figures.ks / _KS)
 
     expected = _expected_outside(reference.n)
     limit = _limit(expected, n_outside, reference.n) + _DEFECTS * (1 - expected)
     spread = min((_outside(ordered, reference) - expected) / limit, figures.spread / _SPREAD)
-    return _Look(figures, scores.size, n_median, shift, spread)
+    return _Look(figures, scores.size, n_median, shift, spread, shape)
 
 
 def independent(events: npt.NDArray[np.bool_], block: int = 1) -> float:
@@ -323,6 +330,11 @@ def advice_for(figures: Figures, *, is_shifted: bool, is_wider: bool) -> str:
         parts.append(
             f"Scores spread {figures.spread:.1f} times as wide as at calibration: expect false alarms and misses. "
             "Light that changes, a loose camera or mixed lots can have this effect."
+        )
+    if not (is_shifted or is_wider):
+        parts.append(
+            f"About {figures.ks:.0%} of the scores lie where they did not at calibration: a part of the pictures has "
+            "changed, such as one of several kinds of parts; expect false alarms or misses there."
         )
     return " ".join([*parts, _WHAT_TO_DO])
 
@@ -371,6 +383,11 @@ def _outside(ordered: Scores, reference: Reference) -> float:
     low, high = reference.quantiles[PERCENTS.index(5)], reference.quantiles[PERCENTS.index(95)]
     inside = np.searchsorted(ordered, high, "right") - np.searchsorted(ordered, low, "left")
     return 1 - float(inside) / ordered.size
+
+
+def _below_limit(share: float, n_window: float, n_calibration: int) -> float:
+    # Defects are high scores: where a share p was below a quantile, p (1 - defects) is.
+    return _limit(share, n_window, n_calibration) + _DEFECTS * share
 
 
 def _limit(share: float, n_window: float, n_calibration: int) -> float:
