@@ -133,6 +133,10 @@ def _drip(connection: socket.socket) -> None:
 
 def _rubbish(connection: socket.socket) -> None:
     connection.sendall(b"\x00\xff" * 50 + b"\r\n\r\n")
+    # A connection that is closed before the request was read is reset: another fault than this one.
+    connection.shutdown(socket.SHUT_WR)
+    while connection.recv(65536):
+        pass
     connection.close()
 
 
