@@ -52,8 +52,8 @@ def selftest_in_child(
     command = [sys.executable, "-m", "edge_anomaly_runtime", "selftest", str(path), "--json", *options]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=True)
-        _offer_to_the_oom_killer(child.pid)
         try:
+            _offer_to_the_oom_killer(child.pid)
             _wait(child, path, seconds, memory_mb)
         finally:
             with contextlib.suppress(ProcessLookupError):

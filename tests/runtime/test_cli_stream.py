@@ -139,6 +139,9 @@ def test_a_signal_before_the_first_frame_ends_the_trial_of_the_model_too(tiny_bu
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         wait_until(lambda: children.read_text().strip() != "", 60)
         child = int(children.read_text().split()[0])
+        # Until then the process is still busy with starting it.
+        wait_until(lambda: b"selftest" in Path(f"/proc/{child}/cmdline").read_bytes(), 60)
+        time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
     assert not Path(f"/proc/{child}").exists()
