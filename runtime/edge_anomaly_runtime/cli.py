@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .bundle import Threshold
     from .scoring import Result, Scorer
-    from .store import Gate
+    from .store import Gate, Version
     from .tensorrt_cache import EngineRecord
 
 app = typer.Typer(
@@ -394,14 +394,11 @@ def bundle_activate(
 
     Example: edge-anomaly bundle activate part-1764 --store bundles/
     """
-    from .progress import say
     from .store import activate_bundle
 
     gate = _gate(engine, precision, threads, policy, trust)
     active = activate_bundle(store, version, gate=gate, allow_downgrade=allow_downgrade)
-    if as_json:
-        _print_json({"schema": "edge-anomaly.store/1", "active": True, **active.model_dump(mode="json")})
-    say(f"active: {active.id}")
+    _tell_active(active, as_json)
 
 
 @bundle_app.command("rollback")
@@ -410,13 +407,9 @@ def bundle_rollback(store: StoreOption, as_json: JsonOption = False) -> None:
 
     Example: edge-anomaly bundle rollback --store bundles/
     """
-    from .progress import say
     from .store import roll_back
 
-    active = roll_back(store)
-    if as_json:
-        _print_json({"schema": "edge-anomaly.store/1", "active": True, **active.model_dump(mode="json")})
-    say(f"active: {active.id}")
+    _tell_active(roll_back(store), as_json)
 
 
 @bundle_app.command("list")
@@ -641,6 +634,14 @@ def _report(what: str, hint: str, debug: bool) -> None:
 
 def _shown(difference: float | None) -> str:
     return "n/a" if difference is None else f"{difference:.1e}"
+
+
+def _tell_active(version: Version, as_json: bool) -> None:
+    from .progress import say
+
+    if as_json:
+        _print_json({"schema": "edge-anomaly.store/1", "active": True, **version.model_dump(mode="json")})
+    say(f"active: {version.id}")
 
 
 def _print_json(value: dict[str, Any]) -> None:

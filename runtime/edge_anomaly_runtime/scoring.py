@@ -167,11 +167,11 @@ class Scorer:
 
     def _exposure_fault(self, pixels: npt.NDArray[np.uint8], share: float) -> str:
         """Name a picture that shows nothing; all but `share` of the pixels are a letterbox's black bars."""
-        darkest, brightest = self.bundle.manifest.input.brightness  # with the bars
+        black, white = exposure_limits(self.bundle.manifest.input.brightness, share)
         mean = float(pixels.mean())
-        if mean < min(_BLACK * share, darkest / 2):
+        if mean < black:
             return f"the picture is black (mean grey level {mean / share:.1f})"
-        if mean > max(_WHITE * share, (brightest + 255 * share) / 2):
+        if mean > white:
             return f"the picture is white (mean grey level {mean / share:.1f})"
         return ""
 
@@ -180,6 +180,15 @@ class Scorer:
         limits = self._thresholds
         fail, warn = (None, None) if limits is None else (limits.fail.value, limits.warn.value)
         return Result("INVALID", None, fail, warn, ms or {}, path=path, reason=reason)
+
+
+def exposure_limits(brightness: tuple[float, float], share: float = 1.0) -> tuple[float, float]:
+    """Return the mean grey levels below and above which a picture shows nothing, given the normal images' range.
+
+    share: of the pixels that are not a letterbox's black bars; `brightness` was measured with the bars.
+    """
+    darkest, brightest = brightness
+    return min(_BLACK * share, darkest / 2), max(_WHITE * share, (brightest + 255 * share) / 2)
 
 
 def verdict_of(score: float, thresholds: Thresholds) -> Verdict:

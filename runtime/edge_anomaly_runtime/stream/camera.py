@@ -14,7 +14,7 @@ import numpy as np
 from edge_anomaly_runtime.errors import UsageError
 from edge_anomaly_runtime.preprocess import WHOLE_IMAGE
 from edge_anomaly_runtime.progress import say
-from edge_anomaly_runtime.scoring import Scorer
+from edge_anomaly_runtime.scoring import Scorer, exposure_limits
 
 from .drift import DriftMonitor, DriftReport, reference_of
 from .frame import Frame, Scored
@@ -76,7 +76,6 @@ class Camera:
         self.scored = self.skipped = 0
         self.verdicts: Counter[str] = Counter()
         self.verdict: str | None = None
-        self.last_scored_ns: int | None = None
         self._reason = ""
         self._ages_ms: deque[float] = deque(maxlen=_AGES)
         self._scored_at_ns: deque[int] = deque(maxlen=_AGES)
@@ -114,9 +113,7 @@ class Camera:
         verdict, reason = str(record["verdict"]), str(record["reason"] or "")
         self.scored += 1
         self.verdicts[verdict] += 1
-        now_ns = monotonic_ns()
-        self.last_scored_ns = now_ns
-        self._scored_at_ns.append(now_ns)
+        self._scored_at_ns.append(monotonic_ns())
         self._ages_ms.append(float(record["age_ms"]))
         if record["score"] is not None and self.drift is not None:
             self._drift_news = self.drift.update(float(record["score"])) or self._drift_news
@@ -200,9 +197,8 @@ def check_policy(kind: str, live: bool, max_lag: float | None, shown: str) -> No
 
 def health_limits(scorer: Scorer) -> HealthLimits:
     """Return when a picture is too dark or bright, given how dark and bright the model's normal images are."""
-    usual = HealthLimits()
-    darkest, brightest = scorer.bundle.manifest.input.brightness
-    return replace(usual, black=min(usual.black, darkest / 2), white=max(usual.white, (brightest + 255) / 2))
+    black, white = exposure_limits(scorer.bundle.manifest.input.brightness)
+    return HealthLimits(black=black, white=white)
 
 
 def drift_values(report: DriftReport) -> dict[str, Any]:

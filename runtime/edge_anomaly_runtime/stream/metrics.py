@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ Labels = tuple[str, ...]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
-class _Family:
+class _Family(ABC):
     """One metric name with its label names."""
 
     kind = ""
@@ -30,8 +31,8 @@ class _Family:
         lines = [f"# HELP {self.name} {_escaped(self.help_text)}", f"# TYPE {self.name} {self.kind}"]
         return "\n".join([*lines, *self._samples()]) + "\n"
 
-    def _samples(self) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def _samples(self) -> list[str]: ...
 
     def _labelled(self, values: Labels, **more: str) -> str:
         pairs = [*zip(self.labels, values, strict=True), *more.items()]

@@ -6,6 +6,7 @@ import hmac
 import os
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -104,11 +105,11 @@ class _Server6(_Server):
     address_family = socket.AF_INET6
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(ABC, BaseHTTPRequestHandler):
     timeout = _REQUEST_S
 
-    def page(self, path: str) -> tuple[int, str]:
-        raise NotImplementedError
+    @abstractmethod
+    def page(self, path: str) -> tuple[int, str]: ...
 
     def do_GET(self) -> None:
         try:

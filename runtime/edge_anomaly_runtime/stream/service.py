@@ -312,17 +312,15 @@ class Stream:
         self._models[model.name] = model
         while len(self._models) > max(_KEPT_MODELS, 2 * len(self._slots)):
             del self._models[next(iter(self._models))]
-        info = model.scorer
         self._metrics.model_info.clear()
         for slot in self._slots.values():
-            self._metrics.model_info.set(slot.model.sha256, slot.model.scorer.engine, info.precision, value=1)
+            used = slot.model
+            self._metrics.model_info.set(used.sha256, used.scorer.engine, used.scorer.precision, value=1)
 
     # Opening, reloading, closing
 
     def _open(self, settings: StreamSettings) -> None:
-        sources = [parse_source(camera.source, camera=camera.name) for camera in settings.cameras]
-        live = sum(source.live for source in sources)
-        choice = default_choice(settings.engine, settings.precision, settings.threads, cameras=live)
+        wanted, choice = _planned(settings)
         # Sinks first: a wrong one is told at once, before a model is loaded.
         sinks = {sink: sink_from_spec(sink.to, draw=self._draw) for sink in settings.sinks}
         self._open_slots(settings, choice)
@@ -331,7 +329,7 @@ class Stream:
         self._metrics = StreamMetrics(score_bounds_around(limit), before_render=self._fill_metrics)
         for slot in self._slots.values():
             self._remember(slot.model)
-        for name, camera in zip(unique_names(sources), settings.cameras, strict=True):
+        for name, camera in wanted.items():
             self._cameras[name] = self._new_camera(name, camera, settings)
         self._sinks = {spec: SinkThread(sink, required=spec.required) for spec, sink in sinks.items()}
         self._open_servers(settings)
@@ -402,10 +400,8 @@ class Stream:
         settings = settings.model_copy(update={name: getattr(old, name) for name in fixed})
         if settings == old:
             return
-        sources = [parse_source(camera.source, camera=camera.name) for camera in settings.cameras]
-        wanted = dict(zip(unique_names(sources), settings.cameras, strict=True))
+        wanted, choice = _planned(settings)
         sinks = {sink: sink_from_spec(sink.to, draw=self._draw) for sink in settings.sinks if sink not in self._sinks}
-        choice = default_choice(settings.engine, settings.precision, settings.threads, cameras=len(sources))
         same_rules = settings.model_copy(update={"cameras": old.cameras, "sinks": old.sinks}) == old
         cameras: dict[str, Camera] = {}
         self._open_slots(settings, choice)
@@ -493,6 +489,14 @@ class Stream:
         model = next(iter(self._slots.values())).model
         info = model.scorer.session.info
         return f"{model.name} on {info.engine} {info.version}, {model.scorer.precision}, {info.threads} threads"
+
+
+def _planned(settings: StreamSettings) -> tuple[dict[str, CameraSettings], EngineChoice]:
+    """Return the cameras by their names, and the engine's settings for so many live ones."""
+    sources = [parse_source(camera.source, camera=camera.name) for camera in settings.cameras]
+    live = sum(source.live for source in sources)
+    choice = default_choice(settings.engine, settings.precision, settings.threads, cameras=live)
+    return dict(zip(unique_names(sources), settings.cameras, strict=True)), choice
 
 
 def _all_at_once(calls: list[Callable[[], object]], seconds: float) -> None:
