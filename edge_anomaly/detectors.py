@@ -19,7 +19,7 @@ class Detector:
 
     refit: fits the head on embeddings, None where the head has nothing to fit.
     by_epochs: trained by gradient, hence resumable.
-    keeps: buffers of the head that `refit` gets by name, so that it fits the same thing on other features.
+    keeps: attributes of the head that `refit` gets by name, so that it fits the same thing on other features.
     best: the metric that chooses the epoch to keep; None keeps the last, or there are no epochs.
     """
 
@@ -54,7 +54,14 @@ DETECTORS: dict[str, Detector] = {
         keeps=("chosen",),
     ),
     "fastflow": Detector(
-        fastflow.FastflowConfig, fastflow.build, fastflow.announce, fastflow.fit, fastflow.refit, True, fastflow.BEST
+        fastflow.FastflowConfig,
+        fastflow.build,
+        fastflow.announce,
+        fastflow.fit,
+        fastflow.refit,
+        True,
+        fastflow.BEST,
+        keeps=("flows", "grid"),
     ),
     "stpm": Detector(stpm.StpmConfig, stpm.build, stpm.announce, stpm.fit, None, True),
     "autoencoder": Detector(

@@ -64,6 +64,9 @@ FINETUNE_IMAGES = 512
 # Features of a frozen backbone are kept while they fit; else every epoch computes them again.
 FEATURE_BUDGET = 2 << 30
 
+# On a quantised backbone's features the flows learn for another fifth of their epochs, at half the rate.
+_REFIT_EPOCHS, _REFIT_RATE = 0.2, 0.5
+
 # Channels that hardly vary are divided by this share of the scale's typical deviation, not by their own. A share, not a
 # constant: shrinking all channels must gain nothing.
 _LEAST_DEVIATION = 0.01
@@ -270,8 +273,13 @@ class FastflowHead(nn.Module):
 
     def __init__(self, config: FastflowConfig, grid: tuple[int, int]) -> None:
         super().__init__()
+        finest = min(BACKBONES[config.backbone].layers[layer][1] for layer in config.layers)
         self.layers = config.layers
         self.grid = grid
+        self.scale_shapes = [
+            (config.channels(layer), *config.scale_grid(layer, finest * grid[0], finest * grid[1]))
+            for layer in config.layers
+        ]
         self.top_k = config.top_k
         self.flows = nn.ModuleList(
             Flow(config.channels(layer), config.steps, config.kernels, config.hidden, config.clamp)
@@ -317,10 +325,16 @@ class FastflowHead(nn.Module):
             parts += [mean.flatten(1), (feature - mean).square().mean(dim=(2, 3))]
         return torch.cat(parts, dim=1)
 
+    def unflattened(self, row: torch.Tensor) -> Features:
+        """Return an image's features of each scale, [1, C, h, w], from all of them in one row."""
+        shapes = [(1, *shape) for shape in self.scale_shapes]
+        parts = row.split([math.prod(shape) for shape in shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
     def forward(self, features: Features) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return score, anomaly map, and the moments that the standardisation is fitted on."""
+        """Return score, anomaly map, and the features of all scales in one row, which `refit` reads."""
         score, anomaly_map = self.judge(features)
-        return score, anomaly_map, self.moments(features)
+        return score, anomaly_map, torch.cat([feature.flatten(1) for feature in features], dim=1)
 
 
 class Fastflow(nn.Module):
@@ -340,7 +354,7 @@ class Fastflow(nn.Module):
         self.eval()
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return score float32 [N], anomaly map float32 [N, h, w] and the features' moments float32 [N, 2 C]."""
+        """Return score float32 [N], anomaly map float32 [N, h, w] and all features float32 [N, sum of C h w]."""
         return self.head(self.backbone(image))  # type: ignore[no-any-return]
 
 
@@ -405,15 +419,70 @@ def fit(model: Fastflow, images: ImageSet, session: FitSession) -> None:
         _finetune(model, images, order[held:], watch, session)
 
 
-def refit(config: FastflowConfig, embeddings: Iterable[Embeddings]) -> dict[str, Embeddings]:
-    """Return the head's mean_<layer> and scale_<layer> from moments float32 [N, 2 C] of whichever graph made them.
+def refit(
+    config: FastflowConfig,
+    embeddings: Iterable[Embeddings],
+    *,
+    flows: nn.ModuleList,
+    grid: tuple[int, int],
+) -> dict[str, Embeddings]:
+    """Return the head's standardisation and flows, by name, fitted to features of whichever graph made them.
+
+    embeddings: float32 [N, sum of C h w], all scales of an image in a row.
+    flows, grid: the trained head's; the flows are not changed but copied.
+
+    Flows stretch the directions along which normal features hardly vary, and with them any rounding error: a flow that
+    has learnt float features takes those of an INT8 backbone for anomalies. So it learns for some epochs on these. Of
+    more images than FEATURE_BUDGET has room for, it sees a random sample.
+
+    Raises:
+        UsageError: there are fewer images than MIN_IMAGES, or a feature is not finite.
+    """
+    head = FastflowHead(config, grid)
+    head.flows.load_state_dict(flows.state_dict())
+    rng = np.random.default_rng(config.seed)
+    kept: list[Features] = []
+    moments = []
+    for number, row in enumerate(itertools.chain.from_iterable(embeddings)):
+        room = max(MIN_IMAGES, FEATURE_BUDGET // (2 * row.nbytes))  # twice: joining them copies them
+        features = head.unflattened(torch.from_numpy(np.array(row)))
+        moments.append(head.moments(features).numpy())
+        if len(kept) < room:
+            kept.append(features)
+        elif (place := rng.integers(number + 1)) < room:  # each image with the same chance (Vitter 1985, algorithm R)
+            kept[place] = features
+    arrays = standardisation(config, moments)
+    for name, value in arrays.items():
+        head.get_buffer(name).copy_(torch.from_numpy(value))
+    _train_on_features(config, head, _joined(kept))
+    return {**arrays, **{f"flows.{name}": value.detach().numpy() for name, value in head.flows.named_parameters()}}
+
+
+def _train_on_features(config: FastflowConfig, head: FastflowHead, features: Features) -> None:
+    """Train the flows of a head on the CPU, the rate falling along a cosine."""
+    epochs = math.ceil(_REFIT_EPOCHS * config.epochs)
+    rate = _REFIT_RATE * config.learning_rate
+    optimizer = torch.optim.Adam(head.parameters(), lr=rate, weight_decay=config.weight_decay)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    generator = torch.Generator().manual_seed(config.seed)
+    for _ in track(range(epochs), "flows learn INT8 features", epochs):
+        for chosen in torch.randperm(len(features[0]), generator=generator).split(config.batch_size):
+            optimizer.zero_grad()
+            head.negative_log_likelihood([feature[chosen] for feature in features]).mean().backward()
+            nn.utils.clip_grad_norm_(head.parameters(), _CLIP_NORM)
+            optimizer.step()
+        scheduler.step()
+
+
+def standardisation(config: FastflowConfig, moments_of_batches: Iterable[Embeddings]) -> dict[str, Embeddings]:
+    """Return the head's mean_<layer> and scale_<layer> from moments float32 [N, 2 C] as `FastflowHead.moments` makes.
 
     The variance over all images and places is the mean of the images' variances plus the variance of their means.
 
     Raises:
         UsageError: there are fewer images than MIN_IMAGES, or a feature is not finite.
     """
-    batches = [np.asarray(batch, dtype=np.float64) for batch in embeddings]
+    batches = [np.asarray(batch, dtype=np.float64) for batch in moments_of_batches]
     count = sum(map(len, batches))
     if count < MIN_IMAGES:
         raise too_few_images(count, MIN_IMAGES, ADVISED_IMAGES)
@@ -666,7 +735,7 @@ def _unfrozen(model: Fastflow) -> list[torch.Tensor]:
 
 def _standardise(model: Fastflow, batches: Iterable[Features]) -> None:
     """Measure mean and deviation of every channel and put them into the head."""
-    for name, value in refit(model.config, (model.head.moments(batch).numpy() for batch in batches)).items():
+    for name, value in standardisation(model.config, (model.head.moments(batch).numpy() for batch in batches)).items():
         model.head.get_buffer(name).copy_(torch.from_numpy(value))
 
 

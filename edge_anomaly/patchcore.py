@@ -274,7 +274,7 @@ def fit(model: Patchcore, images: ImageSet, session: FitSession) -> None:
 
 
 def refit(
-    config: PatchcoreConfig, embeddings: Iterable[Rows], *, chosen: npt.NDArray[np.int64] | None = None
+    config: PatchcoreConfig, embeddings: Iterable[Rows], *, chosen: torch.Tensor | None = None
 ) -> dict[str, Rows]:
     """Return the head's buffers by name, from embeddings float32 [N, channels, h, w] of whichever graph made them.
 
@@ -284,7 +284,7 @@ def refit(
     Raises:
         UsageError: there are fewer patches than the bank is to have, or one is not finite.
     """
-    return _fitted(config, embeddings, chosen)[0]
+    return _fitted(config, embeddings, None if chosen is None else chosen.numpy())[0]
 
 
 def _fitted(

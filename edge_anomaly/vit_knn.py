@@ -394,7 +394,7 @@ def fit(model: VitKnn, images: ImageSet, session: FitSession) -> None:
 
 
 def refit(
-    config: VitKnnConfig, embeddings: Iterable[Embeddings], *, chosen: npt.NDArray[np.int64] | None = None
+    config: VitKnnConfig, embeddings: Iterable[Embeddings], *, chosen: torch.Tensor | None = None
 ) -> dict[str, Embeddings]:
     """Return the head's bank by name, from embeddings float32 [N, h*w, dims] of whichever graph made them.
 
@@ -404,7 +404,7 @@ def refit(
     Raises:
         UsageError: there are fewer patches than the bank is to have, or one is not finite.
     """
-    return {"bank": _fitted(config, embeddings, chosen)[0]}
+    return {"bank": _fitted(config, embeddings, None if chosen is None else chosen.numpy())[0]}
 
 
 def _fitted(

@@ -162,7 +162,7 @@ def fit_again(run: Run, head: nn.Module, graph: onnx.ModelProto, *, simulate: bo
             "needs all of them to fit the head again.",
             "Put them back, train again, or export with --precision fp32.",
         )
-    kept = {name: head.get_buffer(name).numpy() for name in detector.keeps}
+    kept = {name: getattr(head, name) for name in detector.keeps}
     arrays = detector.refit(run.config, _embeddings(session, paths, run.preprocess), **kept)
     session.close()
     return with_head_arrays(graph, arrays)

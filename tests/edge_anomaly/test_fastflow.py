@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from edge_anomaly.fastflow import (
     feature_health,
     fit,
     refit,
+    standardisation,
 )
 from edge_anomaly.image_set import ImageSet
 from edge_anomaly.training import FitSession, StopTraining
@@ -249,12 +251,12 @@ def test_batch_gives_the_scores_of_single_images() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5, 12])
-def test_refit_finds_mean_and_deviation_of_every_channel_however_images_are_batched(size: int) -> None:
+def test_standardisation_finds_mean_and_deviation_of_every_channel_however_images_are_batched(size: int) -> None:
     settings = config()
     head, features = FastflowHead(settings, (8, 4)), feature_maps(settings, 12, 64, 32)
 
     moments = [head.moments([f[start : start + size] for f in features]).numpy() for start in range(0, 12, size)]
-    arrays = refit(settings, moments)
+    arrays = standardisation(settings, moments)
 
     assert moments[0].shape == (min(size, 12), 2 * (40 + 112))
     assert list(arrays) == ["mean_layer2", "scale_layer2", "mean_layer3", "scale_layer3"]
@@ -274,7 +276,7 @@ def test_shrinking_all_features_gains_no_likelihood_once_the_standardisation_is_
     likelihoods = []
     for factor in (1.0, 0.01):
         shrunk = [factor * feature for feature in features]
-        for name, value in refit(settings, [head.moments(shrunk).numpy()]).items():
+        for name, value in standardisation(settings, [head.moments(shrunk).numpy()]).items():
             head.get_buffer(name).copy_(torch.from_numpy(value))
         likelihoods.append(head.negative_log_likelihood(shrunk))
 
@@ -286,7 +288,7 @@ def test_a_channel_that_hardly_varies_is_not_blown_up_beyond_its_scale() -> None
     moments = np.zeros((12, 80), dtype=np.float32)
     moments[:, 41:] = 4.0  # channel 0 has no variance at all, the others a deviation of 2
 
-    scale = refit(settings, [moments])["scale_layer2"].ravel()
+    scale = standardisation(settings, [moments])["scale_layer2"].ravel()
 
     assert scale[1] == pytest.approx(0.5)
     assert scale[0] == pytest.approx(0.5 / 0.01, rel=0.02)
@@ -302,7 +304,71 @@ def test_a_channel_that_hardly_varies_is_not_blown_up_beyond_its_scale() -> None
 )
 def test_moments_that_give_no_standardisation_are_refused(moments: Floats, text: str) -> None:
     with pytest.raises(UsageError, match=text):
-        refit(config(), [moments])
+        standardisation(config(), [moments])
+
+
+def test_refit_teaches_the_flows_what_rounded_features_look_like() -> None:
+    """Flows take the rounding error of features for an anomaly until they have learnt it."""
+    settings = config(epochs=100, learning_rate=1e-2)
+    torch.manual_seed(1)
+    # Two channels in step with one another: the flows stretch what little one tells that the other does not.
+    features = [feature.repeat_interleave(2, dim=1) for feature in feature_maps(config(), 24, 64, 64)]
+    features = [feature[:, : feature.shape[1] // 2] for feature in features]
+    rounded = [feature + 0.1 * torch.randn_like(feature) for feature in features]
+    head = FastflowHead(settings, (8, 8))
+    trained = refit(settings, rows(features), flows=head.flows, grid=head.grid)
+    fill(head, trained)
+    start = {name: value.clone() for name, value in head.flows.state_dict().items()}
+
+    arrays = refit(settings, rows(rounded), flows=head.flows, grid=head.grid)
+
+    for name, value in start.items():
+        assert torch.equal(value, head.flows.state_dict()[name]), name
+    with torch.no_grad():
+        fill(head, standardisation(settings, [head.moments(rounded).numpy()]))
+        before = head.negative_log_likelihood(rounded).mean()
+        fill(head, arrays)
+        after = head.negative_log_likelihood(rounded).mean()
+    assert after < before - 0.1
+
+
+def test_refit_is_repeatable_and_names_what_the_graph_holds() -> None:
+    settings = config()
+    head, features = lively_head(settings, (8, 8)), feature_maps(settings, 12, 64, 64)
+
+    first, second = (refit(settings, rows(features), flows=head.flows, grid=head.grid) for _ in range(2))
+
+    names = {name for name, _ in head.named_buffers()} | {name for name, _ in head.named_parameters()}
+    assert first.keys() == names - {"kernel"}
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name])
+        assert value.shape == head.state_dict()[name].shape
+        assert value.dtype == np.float32
+
+
+def test_refit_of_more_images_than_memory_has_room_for_sees_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config()
+    head, features = FastflowHead(settings, (8, 8)), feature_maps(settings, 40, 64, 64)
+    seen: list[int] = []
+    monkeypatch.setattr(fastflow, "FEATURE_BUDGET", 2 * 15 * next(rows(features))[0].nbytes)
+    monkeypatch.setattr(fastflow, "_train_on_features", lambda _, __, given: seen.append(len(given[0])))
+
+    arrays = refit(settings, rows(features), flows=head.flows, grid=head.grid)
+
+    assert seen == [15]
+    everything = standardisation(settings, [head.moments(features).numpy()])
+    for name, value in everything.items():
+        np.testing.assert_allclose(arrays[name], value, rtol=1e-5, atol=1e-6)
+
+
+def rows(features: list[torch.Tensor]) -> Iterator[Floats]:
+    """Features of all scales as the graph returns them, one image at a time."""
+    for number in range(len(features[0])):
+        yield torch.cat([feature[number : number + 1].flatten(1) for feature in features], dim=1).numpy()
+
+
+def fill(head: FastflowHead, arrays: dict[str, Floats]) -> None:
+    head.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()}, strict=False)
 
 
 # Training

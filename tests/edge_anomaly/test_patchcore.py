@@ -235,13 +235,13 @@ def test_a_bank_keeps_its_patches_on_other_features() -> None:
     features = embeddings(30)
     first, chosen = patchcore._fitted(settings, in_batches(features, 7), None)
     noisy = (features + np.random.default_rng(5).normal(0, 0.5, features.shape)).astype(np.float32)
-    kept = refit(settings, in_batches(noisy, 4), chosen=chosen)
+    kept = refit(settings, in_batches(noisy, 4), chosen=torch.from_numpy(chosen))
     rows = noisy.transpose(0, 2, 3, 1).reshape(-1, CHANNELS)[chosen]
     np.testing.assert_allclose(kept["bank"].reshape(40, -1) / -2 + kept["mean"].reshape(1, -1), rows, atol=1e-5)
-    same = refit(settings, in_batches(features, 11), chosen=chosen)
+    same = refit(settings, in_batches(features, 11), chosen=torch.from_numpy(chosen))
     assert all(np.array_equal(same[name], value) for name, value in first.items())
     with pytest.raises(UsageError, match="the bank needs number"):
-        refit(settings, [features[:2]], chosen=chosen)
+        refit(settings, [features[:2]], chosen=torch.from_numpy(chosen))
 
 
 @pytest.mark.parametrize(
