@@ -83,6 +83,16 @@ def emit_cpu_model(float_model: Path, ranges: Path) -> onnx.ModelProto:
     return _emitted(float_model, ranges, _cpu_options(onnx.load(float_model)))
 
 
+def emit_openvino_model(float_model: Path, ranges: Path) -> onnx.ModelProto:
+    """Return a transformer for OpenVINO: symmetric activations, quantised where a matrix product reads them.
+
+    OpenVINO runs attention in INT8 only where no zero point stands between its two products.
+    """
+    model = onnx.load(float_model)
+    options = _symmetric_options(_MATRIX_OPS)
+    return _emitted(float_model, ranges, {**options, "nodes_to_exclude": head_nodes(model)})
+
+
 def emit_trt_model(float_model: Path, ranges: Path) -> onnx.ModelProto:
     """Return the file for TensorRT: every zero point 0, no quantised bias, one rounding fewer at each residual Add.
 
@@ -126,34 +136,37 @@ def _quantize(float_model: Path, target: Path, ranges: Path, reader: _Reader | N
 def _cpu_options(model: onnx.ModelProto) -> dict[str, Any]:
     return {
         "activation_type": QuantType.QUInt8,
-        "op_types_to_quantize": _MATRIX_OPS if _is_transformer(model) else _CPU_OPS,
+        "op_types_to_quantize": _MATRIX_OPS if is_transformer(model) else _CPU_OPS,
         "nodes_to_exclude": head_nodes(model),
         "extra_options": {"CalibTensorRangeSymmetric": False},
     }
 
 
 def _trt_options(model: onnx.ModelProto) -> dict[str, Any]:
-    operations = _MATRIX_OPS if _is_transformer(model) else _TRT_OPS
+    options = _symmetric_options(_MATRIX_OPS if is_transformer(model) else _TRT_OPS)
+    options["extra_options"] |= {"AddQDQPairToWeight": True, "DedicatedQDQPair": False}
     constants = {value.name for value in model.graph.initializer}
     # An Add of a constant is a bias or an embedding, not a residual.
     biases = [node.name for node in model.graph.node if node.op_type == "Add" and constants.intersection(node.input)]
+    return {**options, "nodes_to_exclude": [*head_nodes(model), *biases, *_small_convolutions(model)]}
+
+
+def _symmetric_options(operations: list[str]) -> dict[str, Any]:
+    """Return options for signed activations without zero points, quantised at the inputs of these operations alone."""
     return {
         "activation_type": QuantType.QInt8,
         "op_types_to_quantize": operations,
-        "nodes_to_exclude": [*head_nodes(model), *biases, *_small_convolutions(model)],
         "extra_options": {
             "CalibTensorRangeSymmetric": False,  # as measured for the CPU file; made symmetric at emission
             "ActivationSymmetric": True,
             "WeightSymmetric": True,
             "QuantizeBias": False,
-            "AddQDQPairToWeight": True,
-            "DedicatedQDQPair": False,
             "OpTypesToExcludeOutputQuantization": operations,
         },
     }
 
 
-def _is_transformer(model: onnx.ModelProto) -> bool:
+def is_transformer(model: onnx.ModelProto) -> bool:
     """Tell whether the backbone has attention: then only its matrix products are quantised."""
     return any(node.op_type == "Softmax" and not node.name.startswith(HEAD_PREFIX) for node in model.graph.node)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import onnx
 
 from edge_anomaly.prediction import Pixels
+from edge_anomaly_calibration.quantize import is_transformer
 from edge_anomaly_runtime.bundle import ParityRow
 from edge_anomaly_runtime.cpu import int8_instructions, usable_cpus
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
@@ -19,7 +20,7 @@ from edge_anomaly_runtime.session import CPU_ENGINES, Session, is_installed, ope
 
 from .fp16 import strongly_typed_fp16, with_fp16_weights
 from .options import ExportOptions
-from .quantising import CPU, TENSORRT, Quantiser
+from .quantising import CPU, OPENVINO, TENSORRT, Quantiser
 from .tensorrt_target import STRONG_NAMES, say_unverified, tensorrt_files
 
 FLOAT_MODEL = "model.onnx"
@@ -84,9 +85,12 @@ class Assembly:
         """
         if not int8_instructions():
             say("This CPU has no INT8 dot-product instructions: INT8 is simulated in float, and cannot run here")
-        self._add_int8(INT8_CPU_MODEL, CPU, quantiser, finish)
+        own_ir = "openvino" in self.options.targets and is_transformer(quantiser.float_model)
+        self._add_int8(INT8_CPU_MODEL, CPU, quantiser, finish, ("onnxruntime",) if own_ir else CPU_ENGINES)
+        if own_ir:
+            self._add_int8(IR_XML, OPENVINO, quantiser, finish, ("openvino",))
         if self.options.tensorrt:
-            self._add_int8(INT8_TENSORRT_MODEL, TENSORRT, quantiser, finish)
+            self._add_int8(INT8_TENSORRT_MODEL, TENSORRT, quantiser, finish, ("tensorrt",))
 
     def add_recipe(self, normal: Pixels, samples: Pixels) -> None:
         """Add what a device needs to build its engines.
@@ -127,24 +131,25 @@ class Assembly:
             data = self.files[TYPED_FP16_MODEL if precision == "fp16" else name]
             return open_onnxruntime(data, threads=usable_cpus(), fuse=precision == "fp32")
         if precision == "int8" and not int8_instructions():
-            return open_onnxruntime(self.files[INT8_CPU_MODEL], threads=usable_cpus(), fuse=False)
+            return open_onnxruntime(self.models[name].SerializeToString(), threads=usable_cpus(), fuse=False)
         return open_engine(engine, self.files[name], weights=self.files[IR_BIN] if name == IR_XML else None)
 
-    def _add(self, name: str, model: onnx.ModelProto, precision: str) -> None:
-        """Add a file for the CPU engines and judge it on each; with target OpenVINO, as IR too."""
-        self.models[name] = model
-        self.files[name] = model.SerializeToString()
-        for engine in CPU_ENGINES:
-            if is_installed(engine):
-                self.keys[f"{engine}/{precision}"] = name
-        if "openvino" in self.options.targets and precision == self.options.precision:
+    def _add(self, name: str, model: onnx.ModelProto, precision: str, engines: Sequence[str] = CPU_ENGINES) -> None:
+        """Add a file for some CPU engines and judge it on each; for OpenVINO as target, in its own format."""
+        own_format = (
+            "openvino" in engines and "openvino" in self.options.targets and precision == self.options.precision
+        )
+        keys = {f"{engine}/{precision}": name for engine in engines if is_installed(engine)}
+        if own_format:
             from .openvino_ir import ir_from_onnx
 
             self.files[IR_XML], self.files[IR_BIN] = ir_from_onnx(model)
-            self.keys[f"openvino/{precision}"] = IR_XML
-        for engine in CPU_ENGINES:
-            if (key := f"{engine}/{precision}") in self.keys:
-                self.judged[key] = self.judge.judge(self.open(key), key)
+            self.models[IR_XML], keys[f"openvino/{precision}"] = model, IR_XML
+        if name != IR_XML:
+            self.models[name], self.files[name] = model, model.SerializeToString()
+        self.keys |= keys
+        for key in keys:
+            self.judged[key] = self.judge.judge(self.open(key), key)
 
     def _add_int8(
         self,
@@ -152,17 +157,19 @@ class Assembly:
         family: str,
         quantiser: Quantiser,
         finish: Callable[[onnx.ModelProto, bool], onnx.ModelProto],
+        engines: Sequence[str],
     ) -> None:
-        own = ("tensorrt/int8",) if family == TENSORRT else tuple(f"{engine}/int8" for engine in CPU_ENGINES)
+        simulate = family != CPU or not int8_instructions()
         left_float: tuple[str, ...] = ()
         while True:
-            simulate = family == TENSORRT or not int8_instructions()
             model = finish(quantiser.emit(family, left_float), simulate)
             if family == TENSORRT:
-                self.models[name], self.files[name], self.keys[own[0]] = model, model.SerializeToString(), name
-                self.judged[own[0]] = self.judge.judge(self.open(own[0]), own[0])
+                key = "tensorrt/int8"
+                self.models[name], self.files[name], self.keys[key] = model, model.SerializeToString(), name
+                self.judged[key] = self.judge.judge(self.open(key), key)
             else:
-                self._add(name, model, "int8")
+                self._add(name, model, "int8", engines)
+            own = [f"{engine}/int8" for engine in engines]
             _, failures = self.judge.table({key: self.judged[key] for key in own if key in self.judged})
             if left_float:
                 self.float_tensors[name] = left_float

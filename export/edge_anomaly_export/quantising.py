@@ -23,6 +23,7 @@ from edge_anomaly_calibration.qdq_graph import HEAD_PREFIX, quantized_share, wit
 from edge_anomaly_calibration.quantize import (
     METHOD,
     emit_cpu_model,
+    emit_openvino_model,
     emit_trt_model,
     measure_ranges,
     prepare_float_model,
@@ -46,7 +47,8 @@ _RANKING_IMAGES = 6
 # What brings less than this is not worth an INT8 layer.
 _LEAST_GAIN_DB = 0.1
 
-CPU, TENSORRT = "cpu", "tensorrt"
+CPU, OPENVINO, TENSORRT = "cpu", "openvino", "tensorrt"
+_EMITTERS = {CPU: emit_cpu_model, OPENVINO: emit_openvino_model, TENSORRT: emit_trt_model}
 
 
 @dataclass
@@ -61,10 +63,9 @@ class Quantiser:
     _ranked: dict[str, list[str]] = field(default_factory=dict)
 
     def emit(self, family: str, float_tensors: Sequence[str] = ()) -> onnx.ModelProto:
-        """Return the INT8 graph for `cpu` or `tensorrt`, its head not yet fitted; some tensors may stay float."""
+        """Return the INT8 graph of a family, its head not yet fitted; some tensors may stay float."""
         if family not in self._emitted:
-            emit = emit_cpu_model if family == CPU else emit_trt_model
-            self._emitted[family] = emit(self.float_file, self.ranges)
+            self._emitted[family] = _EMITTERS[family](self.float_file, self.ranges)
         return with_float_tensors(self._emitted[family], self.float_model, float_tensors)
 
     def most_damaging(self, family: str) -> list[str]:

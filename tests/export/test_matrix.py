@@ -20,7 +20,9 @@ from edge_anomaly_export.options import ExportOptions
 from edge_anomaly_export.trt_lint import lint
 from edge_anomaly_runtime import selftest
 from edge_anomaly_runtime.bundle import Bundle, Manifest, read_bundle
+from edge_anomaly_runtime.cpu import int8_instructions
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
+from edge_anomaly_runtime.engine_openvino import openvino_core
 from edge_anomaly_runtime.errors import UsageError
 from edge_anomaly_runtime.scoring import open_scorer
 from edge_anomaly_runtime.selftest import run_selftest
@@ -106,6 +108,27 @@ def test_the_backbone_is_int8_in_both_files_and_the_head_in_none(int8_bundles: d
         }
         read = {name for node in model.graph.node if node.name.startswith("head/") for name in node.input}
         assert not dequantised & read
+
+
+@pytest.mark.skipif(not int8_instructions(), reason="needs a CPU with INT8 dot products")
+def test_openvino_runs_a_transformers_products_in_int8_attention_too(int8_bundles: dict[str, Bundle]) -> None:
+    bundle = int8_bundles["vit-knn"]
+    core = openvino_core()
+    float_products = {}
+    for name, weights in (("openvino/model.xml", "openvino/model.bin"), ("model.int8.cpu.onnx", None)):
+        model = core.read_model(bundle.read(name), b"" if weights is None else bundle.read(weights))
+        nodes = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model().get_ops()
+        executed = [{key: value.value for key, value in node.get_rt_info().items()} for node in nodes]
+        float_products[name] = [
+            node["originalLayersNames"]
+            for node in executed
+            if node.get("layerType") in ("FullyConnected", "MatMul")
+            and node["runtimePrecision"] == "f32"
+            and "backbone/" in node["originalLayersNames"]
+        ]
+    assert float_products["openvino/model.xml"] == []
+    # The file for ONNX Runtime is what the other one is better than; without this the test would prove nothing.
+    assert float_products["model.int8.cpu.onnx"] != []
 
 
 @pytest.mark.parametrize("kind", KINDS)
