@@ -31,8 +31,12 @@ def joint_features(features: list[torch.Tensor], grid: tuple[int, int]) -> torch
 
     `features` are float32 [N, C, h, w], one per layer; the order of channels is that of the layers.
     """
-    pooled = [F.avg_pool2d(feature, 3, stride=1, padding=1) for feature in features]
-    return torch.cat([on_grid(feature, grid) for feature in pooled], dim=1)
+    return torch.cat([on_grid(box_mean(feature), grid) for feature in features], dim=1)
+
+
+def box_mean(feature: torch.Tensor) -> torch.Tensor:
+    """Return the 3x3 means of feature maps [N, C, h, w]; beyond the border everything is 0."""
+    return F.avg_pool2d(feature, 3, stride=1, padding=1)
 
 
 def on_grid(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

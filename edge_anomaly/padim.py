@@ -20,7 +20,7 @@ from torch import nn
 from edge_anomaly_runtime.errors import UsageError
 
 from .backbones import BACKBONES, DEFAULT_WEIGHTS, Backbone, build_backbone
-from .features import blurred, gaussian_kernel, joint_features
+from .features import blurred, box_mean, gaussian_kernel, on_grid
 from .image_set import ImageSet, too_few_images
 from .training import FitSession
 
@@ -116,7 +116,6 @@ class PadimHead(nn.Module):
     engines run faster than a batch of matrix-vector products.
     """
 
-    projection: torch.Tensor
     mean: torch.Tensor
     whitening_top: torch.Tensor
     whitening_bottom: torch.Tensor
@@ -125,18 +124,29 @@ class PadimHead(nn.Module):
     def __init__(self, config: PadimConfig, grid: tuple[int, int]) -> None:
         super().__init__()
         self.rows, self.columns = grid
+        self.layers = config.layers
         self.dims, self.top = config.reduced, config.reduced // 2
         self.groups = 1 if config.covariance == "tied" else self.rows * self.columns
         bottom = self.dims - self.top
-        self.register_buffer("projection", _projection(config))
+        # One for each layer: TensorRT wants a convolution's weights as they are, not as a slice of others.
+        for layer, part in zip(config.layers, _projections(config), strict=True):
+            self.register_buffer(f"projection_{layer}", part)
         self.register_buffer("mean", torch.zeros(1, self.dims, *grid))
         self.register_buffer("whitening_top", torch.zeros(self.groups * self.top, self.top, 1, 1))
         self.register_buffer("whitening_bottom", torch.zeros(self.groups * bottom, self.dims, 1, 1))
         self.register_buffer("kernel", gaussian_kernel(config.smoothing))
 
     def embed(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Return the joint features float32 [N, d, h, w]: 3x3 means, brought to the finest grid, joined and reduced."""
-        return F.conv2d(joint_features(features, (self.rows, self.columns)), self.projection)
+        """Return the joint features float32 [N, d, h, w]: 3x3 means, brought to the finest grid, joined and reduced.
+
+        All of that is linear, so each layer is reduced first, by its part of the projection: there is less to compute.
+        """
+        parts = [
+            F.conv2d(feature, self.get_buffer(f"projection_{layer}"))
+            for layer, feature in zip(self.layers, features, strict=True)
+        ]
+        means = [on_grid(box_mean(part), (self.rows, self.columns)) for part in parts]
+        return sum(means[1:], means[0])
 
     def judge(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return score [N], the largest value of the smoothed map, and the map [N, h, w]."""
@@ -286,8 +296,8 @@ def advised_images(config: PadimConfig) -> int:
     return 50 if config.covariance == "tied" else max(50, 2 * config.reduced)
 
 
-def _projection(config: PadimConfig) -> torch.Tensor:
-    """Return the reduction as the weight of a 1x1 convolution, float32 [d, channels, 1, 1]."""
+def _projections(config: PadimConfig) -> list[torch.Tensor]:
+    """Return each layer's part of the reduction as the weight of a 1x1 convolution, float32 [d, C, 1, 1]."""
     channels, dims = config.channels, config.reduced
     rng = np.random.default_rng(config.seed)
     if dims == channels:
@@ -296,4 +306,6 @@ def _projection(config: PadimConfig) -> torch.Tensor:
         matrix = np.eye(channels)[np.sort(rng.permutation(channels)[:dims])]
     else:
         matrix = np.linalg.qr(rng.standard_normal((channels, dims)))[0].T
-    return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32)).reshape(dims, channels, 1, 1)
+    sizes = [BACKBONES[config.backbone].layers[layer][0] for layer in config.layers]
+    parts = np.split(matrix.astype(np.float32), np.cumsum(sizes)[:-1], axis=1)
+    return [torch.from_numpy(np.ascontiguousarray(part))[..., None, None] for part in parts]

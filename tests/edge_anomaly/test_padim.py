@@ -9,6 +9,7 @@ import torch
 from scipy.spatial.distance import mahalanobis
 
 from edge_anomaly.backbones import build_backbone
+from edge_anomaly.features import joint_features
 from edge_anomaly.padim import Gaussian, Padim, PadimConfig, PadimHead, fit_gaussian, head_arrays
 from edge_anomaly_runtime.errors import UsageError
 
@@ -106,15 +107,29 @@ def test_features_that_are_not_finite_are_refused() -> None:
         fit_gaussian([broken], config())
 
 
+def projection(**changes: object) -> torch.Tensor:
+    """The whole reduction [d, channels], from the parts of all layers."""
+    head = PadimHead(config(**changes), (2, 2))
+    return torch.cat([head.get_buffer(f"projection_{layer}")[:, :, 0, 0] for layer in head.layers], dim=1)
+
+
 def test_semi_orthogonal_reduction_has_orthonormal_rows_and_random_selects_channels() -> None:
-    rows = PadimHead(config(dims=100), (2, 2)).projection[:, :, 0, 0].double()
-    chosen = PadimHead(config(dims=100, reduction="random"), (2, 2)).projection[:, :, 0, 0]
+    rows, chosen = projection(dims=100).double(), projection(dims=100, reduction="random")
 
     torch.testing.assert_close(rows @ rows.T, torch.eye(100, dtype=torch.float64), atol=1e-6, rtol=0)
     assert chosen.sum(dim=1).tolist() == [1.0] * 100
     assert chosen.sum(dim=0).max() == 1
-    assert torch.equal(rows, PadimHead(config(dims=100), (2, 2)).projection[:, :, 0, 0].double())
-    assert not torch.equal(rows, PadimHead(config(dims=100, seed=1), (2, 2)).projection[:, :, 0, 0].double())
+    assert torch.equal(rows, projection(dims=100).double())
+    assert not torch.equal(rows, projection(dims=100, seed=1).double())
+
+
+def test_reducing_each_layer_first_gives_the_reduced_joint_features() -> None:
+    head = PadimHead(config(dims=20), (9, 7))
+    features = [torch.randn(2, 128, 9, 7), torch.randn(2, 256, 5, 4)]
+
+    expected = torch.einsum("dc,nchw->ndhw", projection(dims=20), joint_features(features, (9, 7)))
+
+    torch.testing.assert_close(head.embed(features), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_smoothing_keeps_a_constant_map_and_spreads_a_peak() -> None:

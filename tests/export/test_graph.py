@@ -197,7 +197,7 @@ def test_only_output_prunes_what_is_not_needed(graph: onnx.ModelProto, images: n
     assert [node.name for node in pruned.graph.node if node.op_type == "Sqrt"] == []
     assert pruned.graph.node[-1].output[0] == "embedding"
     stored = {value.name for value in pruned.graph.initializer}
-    assert "head.projection" in stored
+    assert any(name.startswith("head.projection_") for name in stored)
     assert not stored & {"head.mean", "head.whitening_top", "head.whitening_bottom", "head.kernel"}
     assert np.array_equal(run(pruned, images[0])["embedding"], run(graph, images[0])["embedding"])
     assert graph.SerializeToString() == before
