@@ -107,10 +107,9 @@ def measure_cell(name: str, precision: str, size: int, scratch: Path) -> dict[st
     except EdgeAnomalyError as error:
         return {**row, "ok": False, "reason": error.what, "seconds": time.perf_counter() - start}
     parity = {line.backend: line.score_difference for line in bundle.manifest.parity}
-    checks = [
-        tensorrt_check(bundle, file) for file in sorted(bundle.manifest.files) if "tensorrt" in file or "trt" in file
-    ]
-    checks = [check for check in checks if check]
+    graphs = {name for key, name in bundle.manifest.graphs.items() if key.startswith("tensorrt/")}
+    graphs |= {name for name in bundle.manifest.files if name.startswith("tensorrt/") and name.endswith(".onnx")}
+    checks = [tensorrt_check(bundle, name) for name in sorted(graphs)]
     float_rows = [line for line in bundle.manifest.parity if "fp32" in line.backend]
     return {
         **row,
