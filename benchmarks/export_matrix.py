@@ -4,6 +4,7 @@
     python benchmarks/export_matrix.py accuracy RUN... --json acc.json  # runs of benchmarks/detectors.py --keep
     python benchmarks/export_matrix.py latency                          # INT8 against FP32 on OpenVINO, alternating
     python benchmarks/export_matrix.py memory                           # peak memory of WideResNet50-2, 256 images
+    python benchmarks/export_matrix.py agreement --model vit-knn        # do INT8 and FP32 rank images alike?
 
 `cells` exports to all targets and says of each: parity of every graph with torch, our rules for TensorRT, NVIDIA's
 parser and builder (extra trt-check), the share of INT8 among what OpenVINO executes. Detectors with random weights
@@ -49,6 +50,7 @@ from edge_anomaly_export.trt_lint import lint
 from edge_anomaly_runtime.bundle import Bundle, read_bundle
 from edge_anomaly_runtime.engine_openvino import openvino_core
 from edge_anomaly_runtime.errors import EdgeAnomalyError
+from edge_anomaly_runtime.images import list_images, load_image
 from edge_anomaly_runtime.preprocess import Preprocess
 from edge_anomaly_runtime.scoring import open_scorer
 
@@ -232,6 +234,33 @@ def measure_latency(name: str, rounds: int, scratch: Path) -> dict[str, Any]:
     }
 
 
+def measure_agreement(name: str, scratch: Path) -> dict[str, Any]:
+    """Return Spearman's rank correlation of INT8 and FP32 scores over 140 drawn images, 60 of them with a defect."""
+    run = quick_run(name, 224, 40, scratch)
+    export(run, name, scratch / "agreement.eab")
+    draw_sample_data(scratch / "judged", train=1, test_good=80, per_defect=15)
+    paths = list_images([str(scratch / "judged" / "test")])
+    scores = {}
+    for key in ("openvino/fp32", "openvino/int8", "onnxruntime/int8"):
+        engine, _, precision = key.partition("/")
+        with open_scorer(scratch / "agreement.eab", engine=engine, precision=precision) as scorer:
+            scores[key] = np.array(
+                [scorer.score_image(np.asarray(load_image(path))).score for path in paths], dtype=np.float64
+            )
+    reference = scores["openvino/fp32"]
+    return {
+        "model": name,
+        "images": len(paths),
+        **{
+            key: {
+                "rank_correlation": rank_correlation(reference, value),
+                "distinct": np.unique(value).size / value.size,
+            }
+            for key, value in scores.items()
+        },
+    }
+
+
 def measure_memory(scratch: Path) -> dict[str, Any]:
     """Return the peak memory of exporting WideResNet50-2 PaDiM in INT8, calibrated on 256 images, in this process."""
     run = quick_run("padim wide_resnet50_2", 224, 256, scratch)
@@ -244,7 +273,7 @@ def measure_memory(scratch: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cells", "accuracy", "latency", "memory"])
+    parser.add_argument("what", choices=["cells", "accuracy", "latency", "memory", "agreement"])
     parser.add_argument("runs", nargs="*", type=Path, help="accuracy: run folders")
     parser.add_argument("--model", action="append", choices=list(QUICK))
     parser.add_argument("--precision", action="append", choices=["fp32", "fp16", "int8"])
@@ -265,6 +294,8 @@ def main() -> None:
         elif arguments.what == "latency":
             chosen = ("padim resnet18", "padim wide_resnet50_2", "vit-knn", "stpm resnet18", "classifier ResNet-18")
             rows = (measure_latency(name, arguments.rounds, scratch) for name in arguments.model or chosen)
+        elif arguments.what == "agreement":
+            rows = (measure_agreement(name, scratch) for name in arguments.model or ("vit-knn",))
         else:
             rows = (measure_memory(scratch) for _ in range(1))
         for row in rows:
