@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_anomaly_runtime.bench import summary
+from edge_anomaly_runtime.bench.statistics import summary
 from edge_anomaly_runtime.bundle import read_bundle
 from edge_anomaly_runtime.cpu import cpu_name, usable_cpus
 from edge_anomaly_runtime.errors import UsageError

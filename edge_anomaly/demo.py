@@ -15,7 +15,7 @@ from PIL import Image
 from edge_anomaly_export.exporting import export_run
 from edge_anomaly_export.options import ExportOptions
 from edge_anomaly_runtime.atomic import check_free, disk_errors, replace_file
-from edge_anomaly_runtime.bench import run_bench
+from edge_anomaly_runtime.bench.harness import run_bench
 from edge_anomaly_runtime.bundle import Manifest
 from edge_anomaly_runtime.errors import GateError
 from edge_anomaly_runtime.images import load_image
@@ -120,7 +120,7 @@ def _bench_in_turn(bundle: Path, keys: Sequence[str]) -> dict[str, dict[str, Any
     for key in track([*keys] * _BENCH_ROUNDS, "latency", len(keys) * _BENCH_ROUNDS):
         engine, precision = key.split("/")
         with open_scorer(bundle, engine=engine, precision=precision) as scorer:
-            reports[key].append(run_bench(scorer))
+            reports[key].append(run_bench([scorer]))
     middle = _BENCH_ROUNDS // 2
     return {
         key: sorted(rows, key=lambda row: float(row["latency_ms"]["infer"]["p50"]))[middle]

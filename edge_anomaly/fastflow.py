@@ -328,7 +328,7 @@ class FastflowHead(nn.Module):
     def unflattened(self, row: torch.Tensor) -> Features:
         """Return an image's features of each scale, [1, C, h, w], from all of them in one row."""
         shapes = [(1, *shape) for shape in self.scale_shapes]
-        parts = row.split([math.prod(shape) for shape in shapes])
+        parts = torch.split(row, [math.prod(shape) for shape in shapes])
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def forward(self, features: Features) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -466,9 +466,10 @@ def _train_on_features(config: FastflowConfig, head: FastflowHead, features: Fea
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(config.seed)
     for _ in track(range(epochs), "flows learn INT8 features", epochs):
-        for chosen in torch.randperm(len(features[0]), generator=generator).split(config.batch_size):
+        for chosen in torch.split(torch.randperm(len(features[0]), generator=generator), config.batch_size):
             optimizer.zero_grad()
-            head.negative_log_likelihood([feature[chosen] for feature in features]).mean().backward()
+            loss = head.negative_log_likelihood([feature[chosen] for feature in features]).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(head.parameters(), _CLIP_NORM)
             optimizer.step()
         scheduler.step()

@@ -274,7 +274,7 @@ def _speed_rows(manifest: Manifest, keys: Sequence[str], bench: Figures) -> list
         return lambda key: bench.get(key, {}).get("latency_ms", {}).get(stage, {}).get(name)
 
     def cpu_time(key: str) -> float | None:
-        return bench.get(key, {}).get("infer_cpu_ms")
+        return bench.get(key, {}).get("cpu_ms_per_image")
 
     def milliseconds(key: str, value: float) -> str:
         return html.milliseconds(value)
@@ -288,7 +288,7 @@ def _speed_rows(manifest: Manifest, keys: Sequence[str], bench: Figures) -> list
             _Compared(f"Inference {name}", latency("infer", name), milliseconds, _ratio_change, always=measured)
             for name in ("p50", "p90", "p99")
         ),
-        _Compared("Resize and inference p50", latency("resize_and_infer", "p50"), milliseconds, _ratio_change),
+        _Compared("Decoding to verdict p50", latency("total", "p50"), milliseconds, _ratio_change),
         _Compared("CPU time per image", cpu_time, milliseconds, _ratio_change),
         _Compared("Model file", size, lambda key, value: html.megabytes(value), _ratio_change),
     ]
@@ -448,7 +448,7 @@ def _training_facts(manifest: Manifest) -> dict[str, object]:
 
 def _environment(report: dict[str, Any]) -> str:
     environment = report.get("environment", {})
-    named = {_ENVIRONMENT_NAMES.get(name, name.replace("_", " ")): value for name, value in environment.items()}
+    named = {text: environment[name] for name, text in _ENVIRONMENT_NAMES.items() if name in environment}
     return html.facts({**named, "Runs": report.get("runs")}) if named else ""
 
 

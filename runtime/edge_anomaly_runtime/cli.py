@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from .cli_bench import bench_app
 from .cli_stream import stream
 from .errors import EdgeAnomalyError, GateError, UsageError, did_you_mean
 
@@ -48,6 +49,7 @@ engine_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(engine_app, name="engine")
+app.add_typer(bench_app, name="bench")
 
 BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder NAME.eab.")]
 EngineOption = Annotated[str, typer.Option(help="auto, tensorrt, openvino, onnxruntime or onnxruntime-tensorrt.")]
@@ -190,38 +192,6 @@ def selftest(
             "Do not use this bundle here. Compare engine versions with `edge-anomaly doctor`, or export it again.",
         )
     say(f"selftest passed: {len(checks)} golden images on {what}, tolerance {tolerance:g}")
-
-
-@app.command()
-def bench(
-    bundle: BundleArg,
-    engine: EngineOption = "auto",
-    precision: PrecisionOption = "auto",
-    threads: ThreadsOption = None,
-    runs: Annotated[int, typer.Option(help="Timed calls; p99 needs 662.")] = 700,
-    warmup: Annotated[int, typer.Option(help="Calls before the clock starts, and at least a second; 0 for none.")] = 20,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure the latency on this machine with the bundle's golden images.
-
-    Example: edge-anomaly bench part.eab --engine openvino --precision int8 --json
-    """
-    from .bench import run_bench
-    from .progress import say
-    from .scoring import open_scorer
-
-    with open_scorer(bundle, engine=engine, precision=precision, threads=threads) as scorer:
-        report = run_bench(scorer, runs=runs, warmup=warmup)
-    if as_json:
-        _print_json(report)
-        return
-    say(f"{report['engine']} {report['precision']}, {report['environment']['threads']} threads, {runs} runs, ms")
-    for stage, values in report["latency_ms"].items():
-        shown = "  ".join(
-            f"{name} {'n/a' if value is None else format(value, '.2f')}" for name, value in values.items()
-        )
-        print(f"{stage:17} {shown}")
-    print(f"{'cpu per image':17} {report['infer_cpu_ms']:.2f}")
 
 
 @app.command()

@@ -19,11 +19,11 @@ def usable_cpus(cgroup: Path = _CGROUP, membership: Path = Path("/proc/self/cgro
     Engines ignore the quota of a container and start a thread per core of the host, which slows them down.
     """
     mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = _cpu_quota(cgroup, membership)
+    quota = cpu_quota(cgroup, membership)
     return mask if quota is None else max(1, min(mask, math.ceil(quota)))
 
 
-def _cpu_quota(cgroup: Path, membership: Path) -> float | None:
+def cpu_quota(cgroup: Path = _CGROUP, membership: Path = Path("/proc/self/cgroup")) -> float | None:
     """Return the smallest CPU quota of this process's control groups, in CPUs, or None where there is none."""
     quotas = [quota for folder in _own_groups(cgroup, membership) if (quota := _quota_of(folder)) is not None]
     return min(quotas, default=None)

@@ -211,7 +211,11 @@ def open_scorer(
         ArtefactError, UsageError, MissingRequirementError: as `read_bundle` and `open_session`.
     """
     bundle = read_bundle(path)
-    session, engine, precision, reasons = open_session(bundle, engine=engine, precision=precision, threads=threads)
+    return scorer_of(bundle, *open_session(bundle, engine=engine, precision=precision, threads=threads))
+
+
+def scorer_of(bundle: Bundle, session: Session, engine: str, precision: str, reasons: tuple[str, ...]) -> Scorer:
+    """Return a scorer for a loaded graph, as `open_session` returns it."""
     # A TensorRT engine has limits of its own, set on the device that built it.
     own = session.thresholds if isinstance(session, TensorrtSession) else None
     return Scorer(bundle, session, engine=engine, precision=precision, reasons=reasons, thresholds=own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,18 @@ class Session(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class TimedSession(Protocol):
+    """A session whose engine says how long the last call took by its own clock, and what it has run in which type."""
+
+    @property
+    def engine_ms(self) -> float: ...
+
+    def executed_precisions(self) -> dict[str, int]:
+        """Count the convolutions and matrix products by the precision that they really run in."""
+        ...
 
 
 def open_session(

@@ -26,7 +26,7 @@ from .conftest import Run
 from .stream.recorded import bundle_with_scores, normal_scores, stream_records, write_lines
 
 COMMANDS = [
-    *("score", "stream", "drift", "selftest", "bench", "doctor", "bundle info", "bundle verify"),
+    *("score", "stream", "drift", "selftest", "bench run", "bench compare", "doctor", "bundle info", "bundle verify"),
     *("bundle sign", "bundle install", "bundle activate", "bundle rollback", "bundle list"),
     *("engine build", "engine info", "engine list", "engine clean"),
 ]
@@ -397,20 +397,6 @@ def test_selftest_fails_with_code_1_when_the_results_are_others(run: Run, tiny_b
     assert [image["ok"] for image in report["images"]] == [False, True, True]
     assert "FAIL golden/050.png" in err
     assert "Error: 1 of 3 golden images differ" in err
-
-
-def test_bench_prints_json_or_a_table(run: Run, tiny_bundle: Path) -> None:
-    options = [tiny_bundle, "--runs", "12", "--warmup", "0", "--engine", "onnxruntime", "--threads", "1"]
-    code, out, _ = run("bench", *options, "--json")
-    assert code == 0
-    report = json.loads(out)
-    assert (report["schema"], report["runs"]) == ("edge-anomaly.bench/1", 12)
-    assert report["latency_ms"]["infer"]["p99"] is None
-    code, out, err = run("bench", *options)
-    assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["infer", "resize_and_infer", "cpu"]
-    assert "p99 n/a" in out
-    assert "12 runs, ms" in err
 
 
 def test_doctor_prints_json_or_lines(run: Run) -> None:

@@ -1,0 +1,1 @@
+"""Latency that can be gated on: scenarios, statistics, environment, comparison, gates and reports."""
