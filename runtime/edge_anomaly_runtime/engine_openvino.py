@@ -18,7 +18,13 @@ class OpenVinoSession:
     def __init__(self, compiled: ov.CompiledModel) -> None:
         self._compiled = compiled
         self._request = compiled.create_infer_request()
-        self._outputs = [output.get_any_name() for output in compiled.outputs]
+        # Buffers set once: passing arrays to every call and reading them from its result takes 0.2 ms of Python.
+        self._image: npt.NDArray[np.uint8] = np.empty(tuple(compiled.inputs[0].shape), np.uint8)
+        self._request.set_input_tensor(ov.Tensor(self._image, shared_memory=True))
+        self._outputs = {
+            output.get_any_name(): self._request.get_output_tensor(index).data
+            for index, output in enumerate(compiled.outputs)
+        }
         precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         devices = ",".join(compiled.get_property("EXECUTION_DEVICES"))
         threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
@@ -26,12 +32,17 @@ class OpenVinoSession:
 
     def run(self, images: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
         """Run uint8 [N, H, W, 3] and return every output by name."""
-        results = self._request.infer([images], share_inputs=True)
+        if images.shape != self._image.shape:  # copyto would repeat a smaller array
+            raise ValueError(f"The graph takes images {list(self._image.shape)}, not {list(images.shape)}.")
+        np.copyto(self._image, images, casting="no")
+        self._request.start_async()
+        self._request.wait()
         # Copied: the request's own buffers are overwritten by the next call.
-        return {name: np.array(results[index]) for index, name in enumerate(self._outputs)}
+        return {name: values.copy() for name, values in self._outputs.items()}
 
     def close(self) -> None:
         """Free the compiled graph."""
+        self._outputs.clear()
         del self._request
         del self._compiled
 

@@ -284,6 +284,14 @@ assert heard == [signal.SIGTERM]
     subprocess.run([sys.executable, "-c", code, str(tiny_bundle)], timeout=60, check=True)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8, 1), (2, 8, 8, 3), (8, 8, 3)])
+def test_openvino_refuses_images_of_another_shape(tiny: Bundle, shape: tuple[int, ...]) -> None:
+    session, *_ = open_session(tiny, engine="openvino")
+    with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
+        session.run(np.zeros(shape, np.uint8))
+    session.close()
+
+
 def test_the_backbone_really_runs_in_int8(bundle_folder: Path) -> None:
     from edge_anomaly_runtime.engine_openvino import OpenVinoSession
 
