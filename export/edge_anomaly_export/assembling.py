@@ -113,6 +113,7 @@ class Assembly:
                 opset=options.used_opset,
                 alpha_warn=options.alpha_warn,
                 alpha_fail=options.alpha_fail,
+                allow_drop=options.allow_drop,
                 typed_fp16=self.models.get(TYPED_FP16_MODEL),
             )
             self.files.update(files)

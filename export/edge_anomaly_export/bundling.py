@@ -35,7 +35,7 @@ from edge_anomaly_runtime.progress import say
 from .assembling import Assembly
 from .options import ExportOptions
 
-# Largest |score - expected| / |expected| of the self-test, on the engine that made the expected values.
+# Largest relative difference of a score in the self-test, on the engine that made the expected values.
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "int8": 5e-2}
 
 

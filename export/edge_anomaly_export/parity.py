@@ -11,6 +11,7 @@ import numpy.typing as npt
 from edge_anomaly.prediction import Predictions
 from edge_anomaly_calibration.guard import GuardLimits, GuardReport, auroc, compare
 from edge_anomaly_runtime.bundle import ParityRow, Thresholds
+from edge_anomaly_runtime.selftest import score_units
 
 FLOAT_LIMIT = 1e-3
 
@@ -28,11 +29,12 @@ def compare_graph(
 ) -> tuple[ParityRow, GuardReport]:
     """Compare a graph ('engine/precision') with the trained torch model on the same images.
 
-    A float graph must give the same scores within a relative 1e-3; an INT8 graph, whose head was fitted anew, must
-    give the same verdicts and the same AUROC within `limits`.
+    A float graph must give the same scores within 1e-3 of their `score_units`; an INT8 graph, whose head was fitted
+    anew, must give the same verdicts and the same AUROC within `limits`.
     """
     scores, expected = judged.predictions.scores, reference.predictions.scores
-    difference = float((np.abs(scores - expected) / np.maximum(np.abs(expected), 1e-12)).max())
+    units = score_units(expected, reference.thresholds)
+    difference = float((np.abs(scores - expected) / units).max())
     report = compare(
         expected,
         scores,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .bundle import GoldenImage
+from .bundle import GoldenImage, Thresholds
 from .scoring import Result, Scorer, verdict_of
 from .tensorrt_recipe import read_recipe, score_tolerance
 
@@ -17,6 +17,8 @@ from .tensorrt_recipe import read_recipe, score_tolerance
 # a CPU that the stored maps are from, and single cells stray further than the largest one: with the FP16 graph of a
 # small PaDiM run on a CPU, scores were off by up to 8 %, single cells by up to 19 %.
 _MAP_FACTOR = 3.0
+
+_LEAST_UNIT = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,16 @@ def run_selftest(scorer: Scorer, *, tolerance: float | None = None) -> list[Gold
     return [_check(scorer, golden, maps[index], limit) for index, golden in enumerate(scorer.bundle.manifest.golden)]
 
 
+def score_units(expected: npt.NDArray[np.float64], thresholds: Thresholds) -> npt.NDArray[np.float64]:
+    """Return what differences of scores are relative to: the score, or a tenth of the NG limit where that is more.
+
+    An autoencoder's score, an error less the usual error, can be 0; relative to itself nothing would be near it.
+    """
+    return np.maximum(np.abs(expected), max(_LEAST_UNIT * abs(thresholds.fail.value), 1e-12))
+
+
 def golden_tolerance(scorer: Scorer) -> float:
-    """Return how far scores may be off, relative to what was stored; for TensorRT the recipe says it."""
+    """Return how far scores may be off, in `score_units`; for TensorRT the recipe says it."""
     if scorer.key.startswith("tensorrt/"):
         return score_tolerance(read_recipe(scorer.bundle), scorer.precision)
     return scorer.bundle.manifest.golden_tolerance[scorer.precision]
@@ -62,13 +72,14 @@ def _check(scorer: Scorer, golden: GoldenImage, expected_map: npt.NDArray[np.flo
     if scorer.classes:
         return _check_class(scorer, golden, result, expected_map, tolerance)
     expected = golden.scores[scorer.key]
+    unit = float(score_units(np.array(expected), scorer.bundle.manifest.thresholds[scorer.key]))
     score_difference = map_difference = None
     if result.score is not None and result.anomaly_map is not None:
-        score_difference = abs(result.score - expected) / max(abs(expected), 1e-12)
+        score_difference = abs(result.score - expected) / unit
         map_difference = float(np.abs(result.anomaly_map - expected_map).max() / max(np.abs(expected_map).max(), 1e-12))
     map_limit = tolerance * (_MAP_FACTOR if scorer.key.startswith("tensorrt/") else 1.0)
     expected_verdict = _expected_verdict(scorer, golden)
-    same_verdict = result.verdict == expected_verdict or _is_near_threshold(scorer, expected, tolerance)
+    same_verdict = result.verdict == expected_verdict or _is_near_threshold(scorer, expected, tolerance * unit)
     return GoldenCheck(
         file=golden.file,
         expected=expected,
@@ -113,6 +124,6 @@ def _is_within(difference: float | None, tolerance: float) -> bool:
     return difference is not None and difference <= tolerance
 
 
-def _is_near_threshold(scorer: Scorer, expected: float, tolerance: float) -> bool:
+def _is_near_threshold(scorer: Scorer, expected: float, margin: float) -> bool:
     limits = (scorer.thresholds.warn.value, scorer.thresholds.fail.value)
-    return any(abs(expected - limit) <= tolerance * abs(expected) for limit in limits)
+    return any(abs(expected - limit) <= margin for limit in limits)

@@ -48,6 +48,16 @@ def test_a_small_score_counts_as_much_as_a_large_one() -> None:
     assert not row_of("openvino/fp32", [1.002, *REFERENCE[1:]]).ok
 
 
+def test_a_score_near_zero_counts_as_a_tenth_of_the_limit() -> None:
+    """An autoencoder's score can be 0: 1e-5 of it is nothing, however small it is."""
+    reference = judged([0.0, 1e-4, *REFERENCE[2:]])
+    for difference, ok in ((0.9e-3, True), (1.1e-3, False)):  # the limit is 10
+        scores = judged([difference, 1e-4, *REFERENCE[2:]])
+        row, _ = compare_graph("openvino/fp32", reference, scores, DEFECTIVE, LIMITS)
+        assert row.score_difference == pytest.approx(difference)
+        assert row.ok is ok
+
+
 def test_a_float_graph_is_not_excused_by_equal_verdicts() -> None:
     row = row_of("openvino/fp32", [score * 1.01 for score in REFERENCE])
     assert (row.flips, row.auroc, row.ok) == (0, 1.0, False)

@@ -94,8 +94,8 @@ def test_what_could_not_be_verified_is_listed(capsys: pytest.CaptureFixture[str]
     assert len(lines) == 1 + len(tensorrt_target.UNVERIFIED)
 
 
-def test_a_graph_that_computes_something_else_in_half_is_refused(
-    without_nvidia: None, monkeypatch: pytest.MonkeyPatch
+def test_a_graph_that_computes_something_else_in_half_is_refused_unless_that_is_accepted(
+    without_nvidia: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = doubled()
     next(value for value in wrong.graph.initializer if value.name == "two").CopyFrom(
@@ -103,16 +103,11 @@ def test_a_graph_that_computes_something_else_in_half_is_refused(
     )
     monkeypatch.setattr(tensorrt_target, "strongly_typed_fp16", lambda model: wrong)
     images = np.full((2, 4, 4, 3), 100, dtype=np.uint8)
+    given: dict[str, Any] = {"version": "10.0", "opset": 17, "alpha_warn": 0.05, "alpha_fail": 0.01}
     with pytest.raises(GateError, match=r"tensorrt/model\.fp16\.onnx computes something else .* off by 50%"):
-        tensorrt_files(
-            {"fp16": ("model.onnx", doubled())},
-            images,
-            images,
-            version="10.0",
-            opset=17,
-            alpha_warn=0.05,
-            alpha_fail=0.01,
-        )
+        tensorrt_files({"fp16": ("model.onnx", doubled())}, images, images, **given)
+    assert tensorrt_files({"fp16": ("model.onnx", doubled())}, images, images, **given, allow_drop=True)
+    assert "Accepted with --allow-drop: tensorrt/model.fp16.onnx" in capsys.readouterr().err
 
 
 def test_a_check_that_was_stopped_refuses_nothing(
