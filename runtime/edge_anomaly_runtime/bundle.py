@@ -113,7 +113,9 @@ class ParityRow(_Model):
 
     backend: str
     images: int
-    score_difference: float = Field(description="Largest |score - reference| / |reference|.")
+    score_difference: float = Field(
+        description="Largest relative difference; a tenth of the NG limit is the least unit."
+    )
     map_difference: float = Field(description="99th percentile of |map - reference| / largest reference value.")
     flips: int
     auroc: float | None

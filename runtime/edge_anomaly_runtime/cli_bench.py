@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,9 @@ from typer.core import TyperGroup
 from .errors import GateError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from .bench.gates import Gate
     from .scoring import Scorer
 
@@ -20,13 +25,7 @@ if TYPE_CHECKING:
 class _MeasureByDefault(TyperGroup):
     """`bench BUNDLE` means `bench run BUNDLE`."""
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in self.commands:
-            args = ["run", *args]
-        return super().resolve_command(ctx, args)
-
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        # An option in front of the bundle belongs to `run`, too.
         if args and args[0] not in (*self.commands, "-h", "--help"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
@@ -96,12 +95,13 @@ def run_(
 
     Example: edge-anomaly bench run part.eab --repeat 5 --budget p99=25ms --baseline main.json --junit bench.xml
     """
+    from .atomic import make_folder
     from .bench.formats import fact_lines, headline, stage_rows
     from .bench.gates import (
         DEFAULT_RATIOS,
         baseline_gates,
         budget_gates,
-        check_runs,
+        check_names,
         floor_gates,
         parse_limits,
         read_baseline,
@@ -115,18 +115,23 @@ def run_(
     if max_ratio and baseline is None:
         raise UsageError(f"--max-ratio {max_ratio[0]} has nothing to compare with.", "Add --baseline FILE.")
     before = None if baseline is None else read_baseline(baseline)
-    check_runs([*budgets, *(() if before is None else ratios)], runs)
+    check_names([*budgets, *floors, *(() if before is None else ratios)], runs)
+    files = {"gab": gab, "junit": junit, "markdown": markdown, "html": html}
+    for path in (*files.values(), None if plots is None else plots / "plot.svg"):
+        if path is not None:
+            make_folder(path.parent)
+    if samples and not as_json:
+        raise UsageError("--samples has nowhere to go.", "Add --json.")
     report = bench_bundle(bundle, options, engine=engine, precision=precision, threads=threads)
     gates = [*budget_gates(report, budgets), *floor_gates(report, floors)]
     if before is not None:
         gates += baseline_gates(report, before, ratios, force=force)
-    _write_files(report, gates, gab=gab, junit=junit, markdown=markdown, html=html, plots=plots)
     if as_json:
         report["gates"] = [
             {"name": gate.name, "value": gate.value, "limit": gate.limit, "ok": gate.ok} for gate in gates
         ]
         shown = report if samples else {k: v for k, v in report.items() if k not in ("samples_ms", "started_s")}
-        print(json.dumps(shown, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(shown, allow_nan=False))
     else:
         say(headline(report))
         rows = stage_rows(report)
@@ -136,6 +141,7 @@ def run_(
             print(line)
     for text in report["warnings"]:
         say(f"Warning: {text}.")
+    _write_files(report, gates, plots, **files)
     _say_gates(gates)
 
 
@@ -152,15 +158,22 @@ def compare(
 
     Example: edge-anomaly bench compare part.eab@openvino/fp32 part.eab@openvino/int8
     """
+    import numpy as np
+
     from .bench.compare import compare as in_turns
-    from .progress import say
+    from .bench.harness import golden_pictures
+    from .images import load_image
+    from .progress import say, track
 
     if rounds < 8:
         raise UsageError(f"--rounds {rounds} is too few to tell noise from a difference.", "Give 8 or more.")
     if not max_ratio >= 1:
         raise UsageError(f"--max-ratio {max_ratio:g} is not possible.", "Give 1 or more: how much slower B may be.")
     with _scorer(first, threads) as one, _scorer(second, threads) as other:
-        result = in_turns(_calls(one), _calls(other), rounds=rounds, limit=max_ratio)
+        # The same pictures for both: else the verdict might be about them.
+        images = [np.asarray(load_image(path)) for path in golden_pictures(one.bundle)]
+        calls = [_calls(scorer, images) for scorer in (one, other)]
+        result = in_turns(*calls, rounds=rounds, limit=max_ratio, progress=partial(track, what="rounds", total=rounds))
     if as_json:
         record = {"schema": "edge-anomaly.bench-compare/1", "a": first, "b": second, "is_slower": result.is_slower}
         print(json.dumps({**record, **result.__dict__}))
@@ -174,25 +187,27 @@ def compare(
         )
 
 
-def _write_files(report: dict[str, Any], gates: Sequence[Gate], **paths: Path | None) -> None:
+def _write_files(report: dict[str, Any], gates: Sequence[Gate], plots: Path | None, **files: Path | None) -> None:
     from .atomic import replace_file
     from .bench import formats
     from .bench import plots as drawing
 
-    if paths["gab"] is not None:
-        replace_file(paths["gab"], formats.github_action_benchmark(report).encode())
-    if paths["junit"] is not None:
-        replace_file(paths["junit"], formats.junit(report, gates).encode())
-    if paths["html"] is not None:
-        replace_file(paths["html"], drawing.page(report, gates).encode())
-    if paths["markdown"] is not None:
+    if (path := files["gab"]) is not None:
+        replace_file(path, formats.github_action_benchmark(report).encode())
+    if (path := files["junit"]) is not None:
+        replace_file(path, formats.junit(report, gates).encode())
+    if (path := files["html"]) is not None:
+        replace_file(path, drawing.page(report, gates).encode())
+    if (summary := files["markdown"]) is not None:
         # A job's summary is one file that every step adds to.
-        with paths["markdown"].open("a") as file:
-            file.write(formats.markdown(report, gates) + "\n")
-    if paths["plots"] is not None:
-        paths["plots"].mkdir(parents=True, exist_ok=True)
+        try:
+            with summary.open("a", encoding="utf-8") as file:
+                file.write(formats.markdown(report, gates) + "\n")
+        except OSError as error:
+            raise UsageError(f"Cannot write {summary}: {error.strerror}.", "Choose another file.") from None
+    if plots is not None:
         for name, svg in drawing.plots(report).items():
-            replace_file(paths["plots"] / f"{name}.svg", svg.encode())
+            replace_file(plots / f"{name}.svg", svg.encode())
 
 
 def _say_gates(gates: Sequence[Gate]) -> None:
@@ -219,17 +234,9 @@ def _scorer(text: str, threads: int | None) -> Scorer:
     return open_scorer(Path(path), engine=engine, precision=precision, threads=threads)
 
 
-def _calls(scorer: Scorer) -> Any:
-    """Return a function that scores the bundle's golden images, one at each call: resize, inference and verdict."""
-    import io
-    import itertools
+def _calls(scorer: Scorer, images: Sequence[npt.NDArray[np.uint8]]) -> Callable[[], object]:
+    """Return a function that scores one of the images at each call: resize, inference and verdict."""
+    from .bench.harness import judged
 
-    import numpy as np
-    from PIL import Image
-
-    pictures = []
-    for golden in scorer.bundle.manifest.golden:
-        with Image.open(io.BytesIO(scorer.bundle.read(golden.file))) as file:
-            pictures.append(np.asarray(file.convert("RGB")))
-    turn = itertools.cycle(pictures)
-    return lambda: scorer.score_image(next(turn))
+    turn = itertools.cycle(images)
+    return lambda: judged(scorer, next(turn), scorer.bundle.path)

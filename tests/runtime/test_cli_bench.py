@@ -9,6 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+import edge_anomaly_runtime.bench.compare
+from edge_anomaly_runtime.bench.compare import Comparison
+
 from .conftest import Run
 
 QUICK = ["--runs", "12", "--no-warm-up", "--engine", "onnxruntime", "--threads", "1"]
@@ -20,7 +23,7 @@ def test_bench_prints_a_table_or_json(run: Run, tiny_bundle: Path) -> None:
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["ms", "total", "decode", "resize", "infer", "post"]
     assert "n/a: 12 samples are too few (p90 64, p95 130, p99 662, p99.9 6636 are needed)" in out
-    assert "12 runs, 3 images" in err
+    assert "12 runs, 2 images" in err
     code, out, _ = run("bench", "run", tiny_bundle, *QUICK, "--json")
     report = json.loads(out)
     assert (code, report["schema"], report["runs"], report["gates"]) == (0, "edge-anomaly.bench/1", 12, [])
@@ -80,6 +83,8 @@ def test_a_baseline_gates_the_next_measurement(run: Run, tiny_bundle: Path, tmp_
         (["--scenario", "camera"], 2, "camera"),
         (["--precision", "fp16"], 2, "fp16"),
         (["--images", "/nowhere"], 2, "/nowhere"),
+        (["--samples"], 2, "Add --json"),
+        (["--budget", "medain=3"], 2, "medain"),
         (["--baseline", "/nowhere.json"], 2, "/nowhere.json"),
     ],
 )
@@ -91,7 +96,7 @@ def test_bad_input_ends_with_its_code_and_says_why(
     assert text in err
 
 
-def test_compare_finds_a_graph_that_does_more_work(run: Run, tiny_bundle: Path) -> None:
+def test_compare_measures_a_graph_against_itself(run: Run, tiny_bundle: Path) -> None:
     key = f"{tiny_bundle}@onnxruntime/int8"
     code, out, err = run("bench", "compare", key, key, "--rounds", "8", "--max-ratio", "3", "--threads", "1", "--json")
     report = json.loads(out)
@@ -103,3 +108,18 @@ def test_compare_finds_a_graph_that_does_more_work(run: Run, tiny_bundle: Path) 
     assert (code, "--rounds 3" in err) == (2, True)
     code, _, err = run("bench", "compare", key, f"{tiny_bundle}@int8")
     assert (code, "BUNDLE@ENGINE/PRECISION" in err) == (2, True)
+
+
+def test_compare_ends_with_code_1_for_a_slower_bundle(
+    run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*calls: Any, limit: float, **_: Any) -> Comparison:
+        for call in calls:
+            call()
+        return Comparison((1.0,) * 45, (1.3,) * 45, 1.3, 1.02, 1e-9, limit)
+
+    monkeypatch.setattr(edge_anomaly_runtime.bench.compare, "compare", slow)
+    code, out, err = run("bench", "compare", tiny_bundle, tiny_bundle)
+    assert code == 1
+    assert "B / A 1.300 (limit 1.1, noise 1.020" in out
+    assert "takes 1.30 times as long" in err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -54,6 +54,7 @@ def compare(
     limit: float = LIMIT,
     seed: int = 0,
     clock: Callable[[], float] = perf_counter,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Comparison:
     """Time both in blocks, A B B A A B B A ..., so that neither always comes first.
 
@@ -64,7 +65,8 @@ def compare(
     pairs: list[tuple[float, float]] = []
     result = None
     for _ in range(2):
-        pairs += _rounds(first, second, rounds, calls, len(pairs), clock)
+        numbers = progress(range(len(pairs), len(pairs) + rounds))
+        pairs += [_round(first, second, calls, number, clock) for number in numbers]
         result = _judged(pairs, limit, seed)
         if not result.is_slower:
             break
@@ -72,23 +74,14 @@ def compare(
     return result
 
 
-def _rounds(
-    first: Callable[[], object],
-    second: Callable[[], object],
-    rounds: int,
-    calls: int,
-    done: int,
-    clock: Callable[[], float],
-) -> list[tuple[float, float]]:
-    pairs = []
-    for number in range(done, done + rounds):
-        if number % 2:
-            slow = _block(second, calls, clock)
-            pairs.append((_block(first, calls, clock), slow))
-        else:
-            fast = _block(first, calls, clock)
-            pairs.append((fast, _block(second, calls, clock)))
-    return pairs
+def _round(
+    first: Callable[[], object], second: Callable[[], object], calls: int, number: int, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Return the time of a block of each; in rounds of odd number the second one comes first."""
+    if number % 2:
+        other = _block(second, calls, clock)
+        return _block(first, calls, clock), other
+    return _block(first, calls, clock), _block(second, calls, clock)
 
 
 def _block(call: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import sys
@@ -15,11 +13,12 @@ from edge_anomaly_runtime.cpu import cpu_flags, cpu_name, cpu_quota, int8_instru
 from edge_anomaly_runtime.jetson import l4t_release, power_mode
 from edge_anomaly_runtime.scoring import Scorer
 
+BUSY = "the machine was busy"
 _SYS = Path("/sys")
 _LOAD_WARNING = 0.5
 _CLOCK_WARNING = 1.05
 # What makes two measurements comparable; versions may differ, that is what one compares.
-_FINGERPRINT = ("cpu", "machine", "usable_cpus", "threads", "device", "int8_instructions", "power_mode")
+_SAME = ("cpu", "machine", "usable_cpus", "threads", "device", "int8_instructions", "power_mode")
 
 
 def environment(scorer: Scorer) -> dict[str, Any]:
@@ -34,7 +33,8 @@ def environment(scorer: Scorer) -> dict[str, Any]:
         "int8_instructions": int8_instructions(),
         "governor": _first_line(_SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "temperatures_c": temperatures(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": load_average(),
+        "host_cpus": os.cpu_count(),
         "power_mode": power_mode(),
         "l4t": l4t_release(),
         "threads": info.threads,
@@ -46,16 +46,15 @@ def environment(scorer: Scorer) -> dict[str, Any]:
     }
 
 
-def fingerprint(report: dict[str, Any]) -> str:
-    """Return a short hash of what two measurements must have in common to be compared."""
-    parts = {name: report["environment"].get(name) for name in _FINGERPRINT}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Say what the environments of two reports do not have in common, of what the fingerprint covers."""
-    pairs = [(name, first["environment"].get(name), second["environment"].get(name)) for name in _FINGERPRINT]
+    """Say what the environments of two reports do not have in common, of what makes them comparable."""
+    pairs = [(name, first["environment"].get(name), second["environment"].get(name)) for name in _SAME]
     return [f"{name}: {one} and {other}" for name, one, other in pairs if one != other]
+
+
+def load_average() -> float | None:
+    """Return how many processes wanted a CPU of the host during the last minute; None where that is not known."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def temperatures(root: Path = _SYS) -> dict[str, float]:
@@ -92,11 +91,12 @@ def peak_rss_mb() -> float | None:
 def warnings_of(report: dict[str, Any]) -> list[str]:
     """Say in words what makes the report's figures doubtful."""
     around, found = report["environment"], []
-    if around["load"] is not None and around["load"] > _LOAD_WARNING * around["usable_cpus"]:
-        found.append(f"the machine was busy: a load of {around['load']:g} before the measurement")
+    if around["load"] is not None and around["load"] > _LOAD_WARNING * (around["host_cpus"] or 1):
+        found.append(f"{BUSY}: a load of {around['load']:g} before the measurement")
     if around["governor"] not in (None, "performance"):
         found.append(f"the CPU's governor is {around['governor']!r}, not 'performance': its clock may vary")
-    if around["float_precision"] not in ("f32", "fp32", "float32"):
+    is_half_meant = report["precision"] == "fp16" or report["engine"].startswith("tensorrt")
+    if around["float_precision"] != "f32" and not is_half_meant:
         found.append(f"float layers ran in {around['float_precision']}, not in f32")
     if report["precision"] == "int8" and around["device"].startswith("CPU") and not around["int8_instructions"]:
         found.append("this CPU has no INT8 dot-product instructions: INT8 does not pay here")
@@ -109,6 +109,8 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
         found.append(f"calls were still getting faster after a warm-up of {report['warm_up']['seconds']:.0f} s")
     if report["missed"]:
         found.append(f"{report['missed']} of {report['scheduled']} frames were missed: the rate cannot be held")
+    if not report["full_size_images"]:
+        found.append("the golden images have the model's size: decode and resize are not a camera's; give --images")
     return found
 
 

@@ -80,7 +80,8 @@ def markdown(report: Report, gates: Sequence[Gate] = ()) -> str:
             sign = "at least" if gate.is_floor else "at most"
             verdict = "ok" if gate.ok else "**failed**"
             lines.append(f"| {gate.name} | {shown} | {sign} {gate.limit:g}{gate.note} | {verdict} |")
-    lines += ["", *(f"> Warning: {text}." for text in report["warnings"])]
+    for text in report["warnings"]:
+        lines += ["", f"> Warning: {text}."]
     return "\n".join(lines).rstrip() + "\n"
 
 

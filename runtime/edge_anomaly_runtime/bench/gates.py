@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from .statistics import PERCENTS, samples_needed
 # Of a busy machine's statistics these two vary least from run to run.
 DEFAULT_RATIOS = {"min": 1.10, "p50": 1.15}
 _STATISTICS = ("min", *(f"p{percent:g}" for percent in PERCENTS), "max", "mean")
-_FIGURES = ("cpu_ms_per_image", "peak_rss_mb", "images_per_second")
+_FIGURES = ("cpu_ms_per_image", "peak_rss_mb", "images_per_second", "missed")
+_ACCURACIES = ("auroc", "accuracy")
 _LIMIT = re.compile(r"(?P<name>[a-z][a-z0-9_.]*)=(?P<value>\d+(\.\d+)?)(ms)?")
-# Larger is better of these, and of every accuracy.
-_LARGER = ("images_per_second",)
+_LARGER_IS_BETTER = ("images_per_second", *_ACCURACIES)
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,19 @@ def parse_limits(texts: Sequence[str], option: str) -> dict[str, float]:
     return limits
 
 
-def check_runs(names: Sequence[str], runs: int) -> None:
-    """Refuse, before anything is measured, a limit on a percentile that so few runs cannot show.
+def check_names(names: Sequence[str], runs: int) -> None:
+    """Refuse, before anything is measured, figures that do not exist and percentiles that so few runs cannot show.
 
     Raises:
-        UsageError: with the number of runs that it needs.
+        UsageError: with what is known, or with the number of runs that it needs.
     """
     for name in names:
+        if name in (*_FIGURES, *_ACCURACIES):
+            continue
         statistic = _split(name)[1]
-        if statistic in _STATISTICS and statistic.startswith("p") and runs < samples_needed(float(statistic[1:])):
+        if statistic not in _STATISTICS:
+            raise _unknown(name, ())
+        if statistic.startswith("p") and runs < samples_needed(float(statistic[1:])):
             raise _too_few(name, statistic, runs)
 
 
@@ -85,13 +89,13 @@ def figure_of(report: Report, name: str) -> float | None:
     """
     if name in _FIGURES:
         return None if report[name] is None else float(report[name])
-    if name in report["accuracy"]:
-        return float(report["accuracy"][name])
+    if name in _ACCURACIES:
+        accuracy = report["accuracy"].get(name)
+        return None if accuracy is None else float(accuracy)
     stage, statistic = _split(name)
     stages = report["latency_ms"]
     if stage not in stages or statistic not in _STATISTICS:
-        known = [*_STATISTICS, *(f"{other}.p50" for other in stages), *_FIGURES, *report["accuracy"]]
-        raise UsageError(f"There is no figure {name!r} in this measurement.", f"Known: {', '.join(known)}.")
+        raise _unknown(name, stages)
     value = stages[stage][statistic]
     if value is None:
         raise _too_few(name, statistic, int(stages[stage]["n"]))
@@ -99,8 +103,11 @@ def figure_of(report: Report, name: str) -> float | None:
 
 
 def budget_gates(report: Report, budgets: Mapping[str, float]) -> list[Gate]:
-    """Return a gate for every absolute limit: latencies and memory at most, images_per_second at least."""
-    return [Gate(name, figure_of(report, name), limit, is_floor=name in _LARGER) for name, limit in budgets.items()]
+    """Return a gate for every absolute limit: at most, of throughput and accuracies at least."""
+    return [
+        Gate(name, _or_missing(report, name), limit, is_floor=name in _LARGER_IS_BETTER)
+        for name, limit in budgets.items()
+    ]
 
 
 def floor_gates(report: Report, floors: Mapping[str, float]) -> list[Gate]:
@@ -116,8 +123,9 @@ def baseline_gates(report: Report, baseline: Report, ratios: Mapping[str, float]
         UsageError: a figure that the baseline cannot show.
     """
     unlike = differences(baseline, report)
-    if baseline["name"] != report["name"]:
-        unlike.insert(0, f"name: {baseline['name']} and {report['name']}")
+    unlike += [
+        f"{key}: {baseline[key]} and {report[key]}" for key in ("name", "scenario") if baseline[key] != report[key]
+    ]
     if unlike and not force:
         raise ArtefactError(
             f"The baseline cannot be compared with this measurement: {'; '.join(unlike)}.",
@@ -125,10 +133,18 @@ def baseline_gates(report: Report, baseline: Report, ratios: Mapping[str, float]
         )
     gates = []
     for name, ratio in ratios.items():
-        base = figure_of(baseline, name)
-        value = _or_missing(report, name)
-        note = f" = {ratio:g} x {base:g} of the baseline"
-        gates.append(Gate(name, value, ratio * (base or 0.0), note=note))
+        try:
+            base = figure_of(baseline, name)
+        except UsageError as error:
+            raise UsageError(
+                f"In the baseline, {error.what}", "Measure the baseline again, with as many runs."
+            ) from None
+        if base is None:
+            raise UsageError(f"The baseline has no {name}.", "Measure it again, or limit another figure.")
+        is_floor = name in _LARGER_IS_BETTER
+        note = f" = {base:g} of the baseline {'/' if is_floor else 'x'} {ratio:g}"
+        limit = base / ratio if is_floor else base * ratio
+        gates.append(Gate(name, _or_missing(report, name), limit, is_floor, note))
     # A stage that is gone is not a stage that has become fast.
     gone = [stage for stage in baseline["latency_ms"] if stage not in report["latency_ms"]]
     return [*gates, *(Gate(f"{stage}.p50", None, float(baseline["latency_ms"][stage]["p50"] or 0)) for stage in gone)]
@@ -142,14 +158,15 @@ def read_baseline(path: Path) -> Report:
         ArtefactError: it is not a report of this schema.
     """
     try:
-        report: Any = json.loads(path.read_text())
+        report: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"The baseline {path} cannot be read: {error.strerror}.", "Give what `bench --json` printed."
         ) from None
     except ValueError:
         report = None
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+    needed = {"name", "scenario", "latency_ms", "environment", "accuracy", *_FIGURES}
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA or not needed <= report.keys():
         found = report.get("schema") if isinstance(report, dict) else "no JSON object"
         raise ArtefactError(f"{path} is not a measurement: {found!r}, not {SCHEMA!r}.", "Measure the baseline again.")
     return report
@@ -160,9 +177,22 @@ def _too_few(name: str, statistic: str, count: int) -> UsageError:
     return UsageError(f"{name} cannot be shown from {count} samples; it needs {needed}.", f"Add --runs {needed}.")
 
 
+def _unknown(name: str, stages: Iterable[str]) -> UsageError:
+    known = [*_STATISTICS, *(f"{stage}.p50" for stage in stages or ("infer",)), *_FIGURES, *_ACCURACIES]
+    return UsageError(f"There is no figure {name!r} in a measurement.", f"Known: {', '.join(known)}.")
+
+
 def _or_missing(report: Report, name: str) -> float | None:
-    is_gone = name not in (*_FIGURES, *report["accuracy"]) and _split(name)[0] not in report["latency_ms"]
-    return None if is_gone else figure_of(report, name)
+    """Return a figure, or None where this measurement has none: a stage that is gone, or samples lost to a stall."""
+    is_own = name in (*_FIGURES, *_ACCURACIES)
+    if not is_own and _split(name)[0] not in report["latency_ms"]:
+        return None
+    try:
+        return figure_of(report, name)
+    except UsageError:
+        if report["missed"]:
+            return None
+        raise
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -17,17 +17,17 @@ from time import perf_counter
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image
+import numpy.typing as npt
 
 from edge_anomaly_runtime.bundle import Bundle, read_bundle
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.errors import EdgeAnomalyError, UsageError, did_you_mean
 from edge_anomaly_runtime.images import list_images, load_image
 from edge_anomaly_runtime.progress import say, track
-from edge_anomaly_runtime.scoring import Scorer, scorer_of
-from edge_anomaly_runtime.session import TimedSession, open_session
+from edge_anomaly_runtime.scoring import Result, Scorer, scorer_of
+from edge_anomaly_runtime.session import CPU_ENGINES, TimedSession, open_session
 
-from .environment import environment, fingerprint, peak_rss_mb, reference_ms, warnings_of
+from .environment import BUSY, environment, load_average, peak_rss_mb, reference_ms, warnings_of
 from .scenarios import TOTAL, Frame, Measured, Stages, WarmUp, multi, offline, paced, single, warm_up
 from .statistics import summary, upper_bound
 
@@ -84,7 +84,11 @@ def bench_bundle(
     precision: str = "auto",
     threads: int | None = None,
 ) -> Report:
-    """Measure a bundle and return a JSON-ready report, samples included; see docs/benchmarking.md for its fields.
+    """Measure a bundle and return a JSON-ready report, samples included.
+
+    latency_ms: by stage, n, min, percentiles (None with too few samples), upper bounds of the last two, max, mean and
+    stdev. start_s: seconds to verify, to load and compile, of the first inference, and from the start of a fresh
+    process to its first score.
 
     Raises:
         UsageError: zero images, or one that the bundle cannot judge.
@@ -97,39 +101,48 @@ def bench_bundle(
                 for _ in track(range(options.repeat), "processes", options.repeat)
             ]
         )
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads} is not possible.", "Give 1 or more.")
+    load = load_average()
     start = perf_counter()
     bundle = read_bundle(path)
     verified = perf_counter()
-    # Offline, each worker has one thread and a graph of its own: what several small ones gain over one large one.
-    workers = (threads or usable_cpus()) if options.scenario == "offline" else 1
-    opened = [
-        open_session(bundle, engine=engine, precision=precision, threads=1 if workers > 1 else threads)
-        for _ in range(workers)
-    ]
-    loaded = perf_counter()
-    scorers = [scorer_of(bundle, *one) for one in opened]
-    try:
-        report = run_bench(scorers, options)
-    finally:
-        for scorer in scorers:
-            scorer.close()
+    with contextlib.ExitStack() as stack:
+        scorers: list[Scorer] = []
+        # Offline, each worker has one thread and a graph of its own: what several small ones gain over one large one.
+        wanted = threads or usable_cpus()
+        while not scorers or (options.scenario == "offline" and _is_cpu(scorers[0]) and len(scorers) < wanted):
+            one = 1 if options.scenario == "offline" else threads
+            session = open_session(bundle, engine=engine, precision=precision, threads=one)
+            scorers.append(stack.enter_context(scorer_of(bundle, *session)))
+        loaded = perf_counter()
+        report = run_bench(scorers, options, load=load)
     report["start_s"] |= {"verify": round(verified - start, 4), "load": round(loaded - verified, 4)}
     return report
 
 
-def run_bench(scorers: Sequence[Scorer], options: BenchOptions | None = None) -> Report:
-    """Measure loaded bundles, one for all scenarios but offline, and return the report as `bench_bundle` does."""
+def _is_cpu(scorer: Scorer) -> bool:
+    return scorer.engine in CPU_ENGINES
+
+
+def run_bench(scorers: Sequence[Scorer], options: BenchOptions | None = None, *, load: float | None = None) -> Report:
+    """Measure a loaded bundle, offline several times the same, and return the report as `bench_bundle` does.
+
+    load: of the machine before anything was loaded; None reads it now.
+    """
     options = options or BenchOptions()
     scorer = scorers[0]
-    pictures = _pictures(scorer.bundle, options.images)
-    frames = [_frame(one, pictures) for one in scorers]
+    paths = list_images(options.images) if options.images else golden_pictures(scorer.bundle)
+    frames = [_frame(one, paths) for one in scorers]
     start = perf_counter()
     frames[0](0)
     first_ms = (perf_counter() - start) * 1e3
     spawned = float(os.environ.get(SPAWNED, "nan"))
     since_spawn = round(time.monotonic() - spawned, 4) if spawned == spawned else None
     around = environment(scorer)
-    warmed = warm_up(frames[0]) if options.warm_up else WarmUp(0, 0.0, True)
+    around["threads"] *= len(scorers)
+    around["load"] = around["load"] if load is None else load
+    warmed = [warm_up(frame) for frame in frames] if options.warm_up else [WarmUp(0, 0.0, True)]
     before = reference_ms()
     measured = _measured(frames, options)
     after = reference_ms()
@@ -148,7 +161,8 @@ def run_bench(scorers: Sequence[Scorer], options: BenchOptions | None = None) ->
         "scenario": {"kind": options.scenario, "rate": options.rate, "streams": options.streams},
         "runs": len(measured.stages),
         "processes": 1,
-        "distinct_images": len(pictures),
+        "distinct_images": len(paths),
+        "full_size_images": bool(options.images) or _are_full_size(scorer.bundle),
         "latency_ms": stages,
         "cpu_ms_per_image": round(measured.cpu_seconds * 1e3 / images, 3),
         "images_per_second": round(images / measured.seconds, 3),
@@ -156,7 +170,7 @@ def run_bench(scorers: Sequence[Scorer], options: BenchOptions | None = None) ->
         "missed": measured.missed,
         "start_s": {"first_score": since_spawn, "first_inference": round(first_ms / 1e3, 4)},
         "peak_rss_mb": peak_rss_mb(),
-        "warm_up": asdict(warmed),
+        "warm_up": asdict(warmed[0]),
         "reference_ms": {"before": round(before, 4), "after": round(after, 4)},
         "executed": scorer.session.executed_precisions() if isinstance(scorer.session, TimedSession) else None,
         "accuracy": _accuracy(scorer),
@@ -165,7 +179,6 @@ def run_bench(scorers: Sequence[Scorer], options: BenchOptions | None = None) ->
         "started_s": [round(value, 4) for value in measured.started_s],
     }
     report["warnings"] = warnings_of(report)
-    report["fingerprint"] = fingerprint(report)
     return report
 
 
@@ -178,30 +191,27 @@ def _measured(frames: Sequence[Frame], options: BenchOptions) -> Measured:
     return offline(frames, options.runs) if options.scenario == "offline" else single(frames[0], options.runs)
 
 
-def _pictures(bundle: Bundle, images: Sequence[str]) -> list[bytes]:
-    """Return image files as they are: decoding is part of what is measured."""
-    if not images:
-        return [bundle.read(golden.file) for golden in bundle.manifest.golden]
-    paths = list_images(images)
-    if not paths:
-        raise UsageError(f"There is no image in {', '.join(images)}.", "Give files or folders with images.")
-    for path in paths:
-        load_image(path)  # says what is wrong with a file, and which one
-    return [path.read_bytes() for path in paths]
+def golden_pictures(bundle: Bundle) -> list[Path]:
+    """Return the golden images as a camera gave them; where none was kept at full size, those of the model's size."""
+    golden = bundle.manifest.golden
+    chosen = [image for image in golden if not image.preprocessed] or list(golden)
+    return [bundle.path / image.file for image in chosen]
 
 
-def _frame(scorer: Scorer, pictures: Sequence[bytes]) -> Frame:
+def _are_full_size(bundle: Bundle) -> bool:
+    return any(not image.preprocessed for image in bundle.manifest.golden)
+
+
+def _frame(scorer: Scorer, paths: Sequence[Path]) -> Frame:
     session = scorer.session
 
     def frame(index: int) -> Stages:
+        path = paths[index % len(paths)]
         start = perf_counter()
-        with Image.open(io.BytesIO(pictures[index % len(pictures)])) as file:
-            image = np.asarray(file.convert("RGB"))
+        image = np.asarray(load_image(path))
         decoded = perf_counter()
-        result = scorer.score_image(image)
+        result = judged(scorer, image, path)
         end = perf_counter()
-        if result.verdict == "INVALID":
-            raise UsageError(f"Image {index % len(pictures)} cannot be judged: {result.reason}.", "Leave it out.")
         ms = {"decode": (decoded - start) * 1e3, **result.ms}
         if isinstance(session, TimedSession):
             # The engine's own clock; the rest of `infer` are copies and Python.
@@ -211,11 +221,25 @@ def _frame(scorer: Scorer, pictures: Sequence[bytes]) -> Frame:
     return frame
 
 
+def judged(scorer: Scorer, image: npt.NDArray[np.uint8], path: Path) -> Result:
+    """Score a picture; one that is not judged never reaches the engine, and would make it look fast.
+
+    Raises:
+        UsageError: its verdict is INVALID.
+    """
+    result = scorer.score_image(image)
+    if result.verdict == "INVALID":
+        raise UsageError(f"Image {path} cannot be judged: {result.reason}.", "Measure with other images.")
+    return result
+
+
 def _accuracy(scorer: Scorer) -> dict[str, float]:
     """Return what the export measured of this graph: a fast graph that finds nothing is worth nothing."""
     for row in scorer.bundle.manifest.parity:
-        if row.backend == f"{scorer.engine} {scorer.precision}" and row.auroc is not None:
-            return {"auroc": row.auroc}
+        # A TensorRT graph was simulated at export.
+        if row.backend.removesuffix(" simulated") == scorer.key.replace("/", " "):
+            found = {"auroc": row.auroc, "accuracy": row.accuracy}
+            return {name: value for name, value in found.items() if value is not None}
     return {}
 
 
@@ -234,8 +258,9 @@ def _in_fresh_process(
     done = subprocess.run(command, capture_output=True, text=True, env=environ)
     if done.returncode:
         say(done.stderr.rstrip())
-        error = EdgeAnomalyError(f"The process that measures {path} ended with code {done.returncode}.", "See above.")
-        error.exit_code = done.returncode
+        hint = "See above." if done.returncode > 0 else "It was killed; perhaps there was too little memory."
+        error = EdgeAnomalyError(f"The process that measures {path} ended with code {done.returncode}.", hint)
+        error.exit_code = done.returncode if done.returncode > 0 else EdgeAnomalyError.exit_code
         raise error
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -244,12 +269,16 @@ def _merged(reports: Sequence[Report]) -> Report:
     """Return one report with the medians over processes; samples one after another, warnings of any of them."""
     first = reports[0]
     latency = {
-        stage: {name: _middle([report["latency_ms"][stage][name] for report in reports]) for name in values}
+        stage: {
+            **{name: _middle([report["latency_ms"][stage][name] for report in reports]) for name in values},
+            "n": min(report["latency_ms"][stage]["n"] for report in reports),
+        }
         for stage, values in first["latency_ms"].items()
     }
     keys = ("cpu_ms_per_image", "images_per_second", "peak_rss_mb", "scheduled", "missed")
     return {
         **first,
+        "runs": min(report["runs"] for report in reports),
         "processes": len(reports),
         "latency_ms": latency,
         **{key: _middle([report[key] for report in reports]) for key in keys},
@@ -257,7 +286,10 @@ def _merged(reports: Sequence[Report]) -> Report:
         "samples_ms": [value for report in reports for value in report["samples_ms"]],
         "started_s": [value for report in reports for value in report["started_s"]],
         "p50_of_each_process": [report["latency_ms"][TOTAL]["p50"] for report in reports],
-        "warnings": list(dict.fromkeys(text for report in reports for text in report["warnings"])),
+        # Every process but the first sees the load that those before it made.
+        "warnings": list(
+            dict.fromkeys([*first["warnings"], *(t for r in reports for t in r["warnings"] if not t.startswith(BUSY))])
+        ),
     }
 
 

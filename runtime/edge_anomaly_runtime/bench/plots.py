@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .formats import fact_lines, headline, stage_rows
 from .gates import Gate
 from .harness import Report
-from .statistics import percentile
+from .statistics import percentile, samples_needed
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 720, 260, 62, 44, 30, 14
 _BINS = 60
@@ -104,8 +104,7 @@ def _histogram(samples: Sequence[float]) -> str:
 
 def _percentiles(samples: Sequence[float]) -> str:
     ordered = sorted(samples)
-    # A percentile whose tail holds no sample would repeat the largest one.
-    shown = [percent for percent in _CURVE if len(ordered) * (100 - percent) / 100 >= 1]
+    shown = [percent for percent in _CURVE if percent < 50 or len(ordered) >= samples_needed(percent)]
     points = [(_nines(percent), percentile(ordered, percent)) for percent in shown]
     ticks = [(_nines(percent), f"{percent:g}") for percent in shown if percent in (0, 50, 90, 99, 99.9, 99.99)]
     x = Axis("percentile", 0.0, max(points[-1][0], 1e-9), ticks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from edge_anomaly_runtime.bench.gates import (
     baseline_gates,
     budget_gates,
+    check_names,
     figure_of,
     floor_gates,
     parse_limits,
@@ -65,7 +67,47 @@ def test_a_ratio_to_the_baseline_is_kept_or_not(report: Report) -> None:
     slower["latency_ms"]["total"]["min"] = 9.9
     p50, minimum = baseline_gates(slower, report, {"p50": 1.15, "min": 1.05})
     assert (p50.ok, minimum.ok) == (True, False)
-    assert "1.05 x 9 of the baseline" in str(minimum)
+    assert "9 of the baseline x 1.05" in str(minimum)
+
+
+def test_of_throughput_and_accuracy_more_is_better(report: Report) -> None:
+    worse = copy.deepcopy(report)
+    worse["images_per_second"], worse["accuracy"]["auroc"] = 50.0, 0.5
+    ratios = {"images_per_second": 1.1, "auroc": 1.0, "cpu_ms_per_image": 1.0}
+    assert [gate.ok for gate in baseline_gates(worse, report, ratios)] == [False, False, True]
+    assert [gate.ok for gate in baseline_gates(report, worse, ratios)] == [True, True, True]
+    assert [gate.ok for gate in budget_gates(worse, {"auroc": 0.95, "images_per_second": 40})] == [False, True]
+
+
+def test_frames_lost_to_a_stall_fail_their_limit_instead_of_hiding_it(report: Report) -> None:
+    report["missed"], report["scheduled"] = 36, 700
+    report["latency_ms"]["total"]["p99"] = None
+    lost, late = budget_gates(report, {"missed": 0, "p99": 25.0})
+    assert (lost.value, lost.ok) == (36, False)
+    assert (late.value, late.ok) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("names", "runs", "text"),
+    [
+        (["p99"], 661, "p99 cannot be shown from 661 samples; it needs 662"),
+        (["infer.p99.9"], 700, r"infer\.p99\.9 cannot be shown"),
+        (["medain"], 700, "no figure 'medain'"),
+    ],
+)
+def test_limits_are_checked_before_anything_is_measured(names: list[str], runs: int, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        check_names(names, runs)
+    check_names(["min", "p50", "infer.p95", "missed", "auroc", "peak_rss_mb"], 130)
+
+
+def test_a_baseline_without_the_figure_is_told(report: Report) -> None:
+    other = copy.deepcopy(report)
+    other["peak_rss_mb"], other["latency_ms"]["total"]["p99"] = None, None
+    with pytest.raises(UsageError, match="The baseline has no peak_rss_mb"):
+        baseline_gates(report, other, {"peak_rss_mb": 1.1})
+    with pytest.raises(UsageError, match="In the baseline, p99 cannot be shown"):
+        baseline_gates(report, other, {"p99": 1.1})
 
 
 def test_a_stage_that_is_gone_fails(report: Report) -> None:
@@ -91,7 +133,7 @@ def test_a_baseline_of_something_else_is_refused_unless_forced(
     for key in path[:-1]:
         target = target[key]
     target[path[-1]] = value
-    with pytest.raises(ArtefactError, match=rf"{path[-1]}.*{value}") as raised:
+    with pytest.raises(ArtefactError, match=rf"{path[-1]}.*{re.escape(str(value))}") as raised:
         baseline_gates(report, other, {"p50": 1.15})
     assert raised.value.exit_code == 4
     assert [gate.ok for gate in baseline_gates(report, other, {"p50": 1.15}, force=True)] == [True]
@@ -109,6 +151,9 @@ def test_baselines_are_read_or_refused(report: Report, tmp_path: Path) -> None:
     assert read_baseline(path)["name"] == report["name"]
     path.write_text(json.dumps({"schema": "edge-anomaly.score/1"}))
     with pytest.raises(ArtefactError, match=r"edge-anomaly\.score/1"):
+        read_baseline(path)
+    path.write_text(json.dumps({"schema": "edge-anomaly.bench/1"}))
+    with pytest.raises(ArtefactError, match="not a measurement"):
         read_baseline(path)
     path.write_text('{"schema"')
     with pytest.raises(ArtefactError, match="no JSON object"):
