@@ -150,6 +150,15 @@ def parse_address(text: str, option: str = "--metrics") -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
+def url_of(host: str, port: int, path: str = "/") -> str:
+    """Return a URL to type into a browser; an IPv6 address needs brackets.
+
+    >>> url_of("::1", 9109)
+    'http://[::1]:9109/'
+    """
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
+
+
 def token_from_environment() -> str | None:
     """Return what EDGE_ANOMALY_METRICS_TOKEN holds."""
     return os.environ.get(TOKEN_ENV) or None

@@ -24,7 +24,7 @@ from edge_anomaly_runtime.scoring import Result
 from .camera import Camera
 from .frame import Frame, Scored
 from .metrics import StreamMetrics, score_bounds_around
-from .metrics_server import MetricsServer, parse_address, token_from_environment
+from .metrics_server import MetricsServer, parse_address, token_from_environment, url_of
 from .model import EngineChoice, Model, ModelSlot, check_golden, default_choice
 from .notify import Notifier
 from .record import event_of, record_of
@@ -361,7 +361,7 @@ class Stream:
                 token=token_from_environment(),
             )
             self._servers.append(server)
-            say(f"metrics on http://{server.host}:{server.port}/metrics")
+            say(f"metrics on {url_of(server.host, server.port, '/metrics')}")
         if settings.page is not None:
             from . import page_server
             from .page import LiveView
@@ -372,7 +372,7 @@ class Stream:
             page = page_server.PageServer(view, host=host, port=port, token=token, status=self.status)
             self._page = SinkThread(view)
             self._servers.append(page)
-            say(f"live page on http://{page.host}:{page.port}/")
+            say(f"live page on {url_of(page.host, page.port)}")
 
     def _apply_reload(self) -> None:
         """Take over what has changed in the configuration; whatever is wrong with it, the stream goes on as it is."""

@@ -16,7 +16,7 @@ import pytest
 
 from edge_anomaly_runtime.errors import UsageError
 from edge_anomaly_runtime.stream.metrics import Counter, Gauge, Histogram, StreamMetrics, score_bounds_around
-from edge_anomaly_runtime.stream.metrics_server import MetricsServer, parse_address, token_from_environment
+from edge_anomaly_runtime.stream.metrics_server import MetricsServer, parse_address, token_from_environment, url_of
 
 NAMES = [
     *("frames_captured_total", "frames_scored_total", "frames_dropped_total", "source_up", "reconnects_total"),
@@ -240,6 +240,8 @@ def test_addresses_that_are_none(text: str) -> None:
 
 def test_addresses() -> None:
     assert parse_address(":9108") == ("127.0.0.1", 9108)
+    assert url_of(*parse_address("[::1]:9108"), "/metrics") == "http://[::1]:9108/metrics"
+    assert url_of(*parse_address(":9108")) == "http://127.0.0.1:9108/"
     assert parse_address("9200") == ("127.0.0.1", 9200)
     assert parse_address("0.0.0.0:1") == ("0.0.0.0", 1)
     assert parse_address("[::1]:9108") == ("::1", 9108)
