@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from edge_anomaly.cli import main
+
 
 def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which has imported torch already; `run_process` is the real thing."""
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = Path.cwd()
+    os.chdir(cwd or before)
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.object(sys, "argv", ["edge-anomaly", *arguments]),
+            mock.patch.dict(os.environ, environment),
+            pytest.raises(SystemExit) as ending,
+        ):
+            main()
+    finally:
+        os.chdir(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(arguments, int(ending.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def run_process(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "edge_anomaly", *arguments],
         capture_output=True,
@@ -156,7 +184,7 @@ def test_export_takes_the_newest_run_by_default_and_says_when_there_is_none(tmp_
 
 def test_evaluate_prints_figures_and_json(bundle_folder: Path, sample_folder: Path) -> None:
     command = ("evaluate", str(bundle_folder), "--data", str(sample_folder), "--engine", "onnxruntime")
-    table, parsed = run(*command), run(*command, "--json")
+    table, parsed = run_process(*command), run(*command, "--json")
 
     figures = json.loads(parsed.stdout)
     assert figures["schema"] == "edge-anomaly.evaluation/1"
@@ -184,7 +212,7 @@ def test_json_goes_to_stdout_and_words_to_stderr(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_runs_through_and_keeps_its_promises(tmp_path: Path) -> None:
-    done = run("demo", "--out", str(tmp_path / "demo"), "--json")
+    done = run_process("demo", "--out", str(tmp_path / "demo"), "--json")
 
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
