@@ -28,7 +28,7 @@ def test_build_then_score_selftest_and_bench(run: Run, make_gpu: MakeGpu, trt_bu
     row = json.loads(out)
     assert (code, row["verdict"], row["threshold"]) == (0, "NG", 108.0)
     assert run("selftest", trt_bundle, "--engine", "tensorrt")[0] == 0
-    code, out, _ = run("bench", trt_bundle, "--engine", "tensorrt", "--runs", 3, "--warmup", 0, "--json")
+    code, out, _ = run("bench", trt_bundle, "--engine", "tensorrt", "--runs", 3, "--no-warm-up", "--json")
     assert json.loads(out)["environment"]["device"] == "Orin (SM 8.7)"
     assert gpu.cudart.leaks() == {}
 
