@@ -73,7 +73,10 @@ QUICK: dict[str, Any] = {
     **{f"autoencoder {name}": AutoencoderConfig(encoder=name, epochs=1) for name in (LITE, *RESNETS[:3])},
     "vit-knn": VitKnnConfig(architecture=asdict(VIT_BASE)),
     # Enough steps for BatchNorm's running statistics: without them activations of deep networks leave FP16's range.
-    **{f"classifier ResNet-{depth}": ClassifierConfig(depth, epochs=15) for depth in (18, 34, 50, 101, 152)},
+    **{
+        f"classifier ResNet-{depth}": ClassifierConfig(depth, epochs=15, learning_rate=0.01)
+        for depth in (18, 34, 50, 101, 152)
+    },
 }
 
 
