@@ -451,9 +451,7 @@ def refit(
             kept.append(features)
         elif (place := rng.integers(number + 1)) < room:  # each image with the same chance (Vitter 1985, algorithm R)
             kept[place] = features
-    arrays = standardisation(config, moments)
-    for name, value in arrays.items():
-        head.get_buffer(name).copy_(torch.from_numpy(value))
+    arrays = _standardised(head, config, moments)
     _train_on_features(config, head, _joined(kept))
     return {**arrays, **{f"flows.{name}": value.detach().numpy() for name, value in head.flows.named_parameters()}}
 
@@ -736,8 +734,15 @@ def _unfrozen(model: Fastflow) -> list[torch.Tensor]:
 
 def _standardise(model: Fastflow, batches: Iterable[Features]) -> None:
     """Measure mean and deviation of every channel and put them into the head."""
-    for name, value in standardisation(model.config, (model.head.moments(batch).numpy() for batch in batches)).items():
-        model.head.get_buffer(name).copy_(torch.from_numpy(value))
+    _standardised(model.head, model.config, (model.head.moments(batch).numpy() for batch in batches))
+
+
+def _standardised(head: FastflowHead, config: FastflowConfig, moments: Iterable[Embeddings]) -> dict[str, Embeddings]:
+    """Put the standardisation that these moments give into the head, and return it."""
+    arrays = standardisation(config, moments)
+    for name, value in arrays.items():
+        head.get_buffer(name).copy_(torch.from_numpy(value))
+    return arrays
 
 
 def _features(model: Fastflow, images: list[Pixels]) -> Features:

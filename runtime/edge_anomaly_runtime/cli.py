@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from .cli_bench import bench_app
+from .cli_options import BundleArg, EngineOption, JsonOption, PrecisionOption, ThreadsOption
 from .cli_stream import stream
 from .errors import EdgeAnomalyError, GateError, UsageError, did_you_mean
 
@@ -50,14 +51,6 @@ engine_app = typer.Typer(
 )
 app.add_typer(engine_app, name="engine")
 app.add_typer(bench_app, name="bench")
-
-BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder NAME.eab.")]
-EngineOption = Annotated[str, typer.Option(help="auto, tensorrt, openvino, onnxruntime or onnxruntime-tensorrt.")]
-PrecisionOption = Annotated[
-    str, typer.Option(help="auto, fp32, fp16 or int8. auto: the bundle's own where the machine can.")
-]
-ThreadsOption = Annotated[int | None, typer.Option(help="Default: the CPUs that the machine or container grants.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 StoreOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder with this device's bundles.")]
 TrustOption = Annotated[

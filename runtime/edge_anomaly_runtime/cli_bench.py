@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from .cli_options import BundleArg, EngineOption, JsonOption, PrecisionOption, ThreadsOption
 from .errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -45,12 +47,10 @@ bench_app = typer.Typer(
 
 @bench_app.command("run")
 def run_(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder NAME.eab.")],
-    engine: Annotated[
-        str, typer.Option(help="auto, tensorrt, openvino, onnxruntime or onnxruntime-tensorrt.")
-    ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or int8.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Default: the CPUs that the machine or container grants.")] = None,
+    bundle: BundleArg,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
     scenario: Annotated[
         str, typer.Option(help="single: back to back; paced: a camera; multi: several; offline: throughput.")
     ] = "single",
@@ -79,7 +79,7 @@ def run_(
         typer.Option(metavar="NAME=RATIO", help="Against the baseline; default min=1.10 and p50=1.15."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compare with a baseline of another machine.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+    as_json: JsonOption = False,
     samples: Annotated[bool, typer.Option("--samples", help="Put the time of every image into the JSON.")] = False,
     gab: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON for github-action-benchmark.")] = None,
     junit: Annotated[
@@ -96,7 +96,6 @@ def run_(
     Example: edge-anomaly bench run part.eab --repeat 5 --budget p99=25ms --baseline main.json --junit bench.xml
     """
     from .atomic import make_folder
-    from .bench.formats import fact_lines, headline, stage_rows
     from .bench.gates import (
         DEFAULT_RATIOS,
         baseline_gates,
@@ -107,7 +106,6 @@ def run_(
         read_baseline,
     )
     from .bench.harness import BenchOptions, bench_bundle
-    from .progress import say
 
     options = BenchOptions(scenario, runs, rate, streams, tuple(images or ()), repeat, warm_up)
     budgets, floors = parse_limits(budget or (), "--budget"), parse_limits(floor or (), "--floor")
@@ -126,21 +124,7 @@ def run_(
     gates = [*budget_gates(report, budgets), *floor_gates(report, floors)]
     if before is not None:
         gates += baseline_gates(report, before, ratios, force=force)
-    if as_json:
-        report["gates"] = [
-            {"name": gate.name, "value": gate.value, "limit": gate.limit, "ok": gate.ok} for gate in gates
-        ]
-        shown = report if samples else {k: v for k, v in report.items() if k not in ("samples_ms", "started_s")}
-        print(json.dumps(shown, allow_nan=False))
-    else:
-        say(headline(report))
-        rows = stage_rows(report)
-        for row in rows:
-            print(f"{row[0]:8}" + "".join(f"{text:>9}" for text in row[1:]))
-        for line in fact_lines(report):
-            print(line)
-    for text in report["warnings"]:
-        say(f"Warning: {text}.")
+    _print_report(report, gates, as_json=as_json, samples=samples)
     _write_files(report, gates, plots, **files)
     _say_gates(gates)
 
@@ -149,10 +133,10 @@ def run_(
 def compare(
     first: Annotated[str, typer.Argument(metavar="A", help="A bundle, or BUNDLE@ENGINE/PRECISION.")],
     second: Annotated[str, typer.Argument(metavar="B", help="The one that must not be slower.")],
-    threads: Annotated[int | None, typer.Option(help="Default: the CPUs that the machine or container grants.")] = None,
+    threads: ThreadsOption = None,
     rounds: Annotated[int, typer.Option(help="Blocks of each, in turns.")] = 45,
     max_ratio: Annotated[float, typer.Option(metavar="RATIO", help="B may be so much slower.")] = 1.10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure two bundles in turns; end with code 1 if B is slower than A by more than the limit and than noise.
 
@@ -179,12 +163,32 @@ def compare(
         print(json.dumps({**record, **result.__dict__}))
     else:
         print(f"B / A {result.ratio:.3f} (limit {max_ratio:g}, noise {result.noise:.3f}, p {result.p:.2g})")
-        say(f"A {first}: p50 {sorted(result.first)[len(result.first) // 2]:.2f} ms")
-        say(f"B {second}: p50 {sorted(result.second)[len(result.second) // 2]:.2f} ms")
+        say(f"A {first}: p50 {median(result.first):.2f} ms")
+        say(f"B {second}: p50 {median(result.second):.2f} ms")
     if result.is_slower:
         raise GateError(
             f"{second} takes {result.ratio:.2f} times as long as {first}.", "Raise --max-ratio, or mend it."
         )
+
+
+def _print_report(report: dict[str, Any], gates: Sequence[Gate], *, as_json: bool, samples: bool) -> None:
+    from .bench.formats import fact_lines, headline, stage_rows
+    from .progress import say
+
+    if as_json:
+        report["gates"] = [
+            {"name": gate.name, "value": gate.value, "limit": gate.limit, "ok": gate.ok} for gate in gates
+        ]
+        shown = report if samples else {k: v for k, v in report.items() if k not in ("samples_ms", "started_s")}
+        print(json.dumps(shown, allow_nan=False))
+    else:
+        say(headline(report))
+        for row in stage_rows(report):
+            print(f"{row[0]:8}" + "".join(f"{text:>9}" for text in row[1:]))
+        for line in fact_lines(report):
+            print(line)
+    for text in report["warnings"]:
+        say(f"Warning: {text}.")
 
 
 def _write_files(report: dict[str, Any], gates: Sequence[Gate], plots: Path | None, **files: Path | None) -> None:

@@ -62,15 +62,11 @@ def compare(
     once more with as many rounds, and judged on all of them.
     """
     calls = _calls_of(first, second, block_seconds, clock)
-    pairs: list[tuple[float, float]] = []
-    result = None
-    for _ in range(2):
-        numbers = progress(range(len(pairs), len(pairs) + rounds))
-        pairs += [_round(first, second, calls, number, clock) for number in numbers]
+    pairs = [_round(first, second, calls, number, clock) for number in progress(range(rounds))]
+    result = _judged(pairs, limit, seed)
+    if result.is_slower:
+        pairs += [_round(first, second, calls, number, clock) for number in progress(range(rounds, 2 * rounds))]
         result = _judged(pairs, limit, seed)
-        if not result.is_slower:
-            break
-    assert result is not None
     return result
 
 

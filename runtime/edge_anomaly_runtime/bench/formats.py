@@ -12,7 +12,8 @@ from .harness import Report
 from .scenarios import TOTAL
 from .statistics import PERCENTS, samples_needed
 
-_COLUMNS = ("min", *(f"p{percent:g}" for percent in PERCENTS), "max")
+_STATISTICS = ("min", *(f"p{percent:g}" for percent in PERCENTS))
+_COLUMNS = (*_STATISTICS, "max")
 
 
 def stage_rows(report: Report) -> list[list[str]]:
@@ -97,7 +98,7 @@ def github_action_benchmark(report: Report) -> str:
             "range": f"± {total['stdev']:.3f}",
             "extra": extra,
         }
-        for name in ("min", *(f"p{percent:g}" for percent in PERCENTS))
+        for name in _STATISTICS
         if total[name] is not None
     ]
     rows.append({"name": f"{report['name']}/cpu", "unit": "ms", "value": report["cpu_ms_per_image"], "extra": extra})

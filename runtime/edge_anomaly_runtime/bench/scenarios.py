@@ -70,15 +70,7 @@ def warm_up(frame: Frame, *, clock: Clock = time.perf_counter, most_seconds: flo
 
 def single(frame: Frame, count: int, *, clock: Clock = time.perf_counter) -> Measured:
     """Process `count` images, each one as soon as the one before it is done."""
-    stages, started = [], []
-    with _quiet():
-        start, cpu = clock(), time.process_time()
-        for index in range(count):
-            begin = clock()
-            row = frame(index)
-            stages.append({TOTAL: (clock() - begin) * 1e3, **row})
-            started.append(begin - start)
-        return Measured(stages, clock() - start, time.process_time() - cpu, started_s=started)
+    return multi(frame, count, 1, clock=clock)
 
 
 def paced(
@@ -91,8 +83,8 @@ def paced(
 ) -> Measured:
     """Process the frames of a camera that makes `count` of them, `rate` a second, always the newest.
 
-    A frame's total runs from the moment at which it was due, not from when somebody had time for it: a stall counts
-    for every frame that waited (else: coordinated omission). A frame that a newer one has replaced is missed.
+    A frame's total runs from the moment at which it was due, not from when somebody had time for it: a stall counts for
+    the frame that waited (else: coordinated omission). A frame that a newer one has replaced is missed, without a time.
     """
     stages, started = [], []
     missed, index = 0, 0
