@@ -72,9 +72,9 @@ QUICK: dict[str, Any] = {
     "autoencoder": AutoencoderConfig(epochs=1),
     **{f"autoencoder {name}": AutoencoderConfig(encoder=name, epochs=1) for name in (LITE, *RESNETS[:3])},
     "vit-knn": VitKnnConfig(architecture=asdict(VIT_BASE)),
-    # Enough steps for BatchNorm's running statistics: without them activations of deep networks leave FP16's range.
+    # Many small steps, for BatchNorm's running statistics: without them activations of deep networks leave FP16's range.
     **{
-        f"classifier ResNet-{depth}": ClassifierConfig(depth, epochs=15, learning_rate=0.01)
+        f"classifier ResNet-{depth}": ClassifierConfig(depth, epochs=30, batch_size=4, learning_rate=0.001)
         for depth in (18, 34, 50, 101, 152)
     },
 }
@@ -89,7 +89,7 @@ def quick_run(name: str, size: int, images: int, scratch: Path) -> Path:
         return run
     if isinstance(config, ClassifierConfig):
         options = ClassifierOptions(force=True)
-        train_classifier(str(data / "test"), run, config=replace(config, batch_size=16), options=options)
+        train_classifier(str(data / "test"), run, config=config, options=options)
         return run
     weights = "default" if LITE in name or name == "autoencoder" else "random"
     options_ = TrainOptions(force=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from time import monotonic_ns
@@ -17,7 +17,7 @@ from edge_anomaly_runtime.progress import say
 from edge_anomaly_runtime.scoring import Scorer, exposure_limits
 
 from .drift import DriftMonitor, DriftReport, reference_of
-from .frame import Frame, Scored
+from .frame import Frame
 from .health import HealthLimits
 from .model import ModelSlot
 from .policy import Debouncer, FrameGate, parse_confirm, parse_policy
@@ -107,9 +107,8 @@ class Camera:
         columns = slice(int(left * width), max(int(left * width) + 1, round(right * width)))
         return replace(frame, pixels=np.ascontiguousarray(frame.pixels[rows, columns]))
 
-    def note(self, item: Scored) -> bool:
-        """Count a scored frame; return whether its verdict, or the reason for INVALID, is another than before."""
-        record = item.record
+    def note(self, record: Mapping[str, Any]) -> bool:
+        """Count a scored frame by its record; return whether its verdict, or why it is INVALID, is new."""
         verdict, reason = str(record["verdict"]), str(record["reason"] or "")
         self.scored += 1
         self.verdicts[verdict] += 1

@@ -67,10 +67,9 @@ class HealthLimits:
     """When a picture is not worth scoring.
 
     black, white: mean grey levels outside of these show nothing. frozen_s: no change for so long (0: never judged).
-    still: mean absolute
-    difference of neighbouring pictures, key_still: of neighbouring key frames, in grey levels, below which nothing has
-    changed. blur: share of the usual sharpness below which a picture is out of focus (0: never judged), when it lasts
-    blur_s seconds. size: (width, height) that is expected, None for any.
+    still: mean absolute difference of neighbouring pictures, key_still: of neighbouring key frames, in grey levels,
+    below which nothing has changed. blur: share of the usual sharpness below which a picture is out of focus (0: never
+    judged), when it lasts blur_s seconds. size: (width, height) that is expected, None for any.
     """
 
     black: float = 5.0
@@ -171,8 +170,9 @@ class Stillness:
             return False
         if not self._key_pairs or len(self._neighbours) < 3:
             return False
-        quiet = median(difference for _, difference in self._neighbours) < self._limits.still
-        return quiet and min(self._key_pairs) < self._limits.key_still
+        if min(self._key_pairs) >= self._limits.key_still:
+            return False
+        return median(difference for _, difference in self._neighbours) < self._limits.still
 
 
 class Sharpness:
@@ -188,6 +188,7 @@ class Sharpness:
         self._limits = limits
         self._samples: deque[float] = deque(maxlen=self._SAMPLES)
         self._sampled_s = float("-inf")
+        self._usual = 0.0
         self._low_since_s: float | None = None
 
     def update(self, pixels: npt.NDArray[np.uint8], now_s: float) -> bool:
@@ -196,14 +197,14 @@ class Sharpness:
             return False
         value = gradient(pixels)
         if len(self._samples) >= self._ARMED:
-            usual = float(np.percentile(self._samples, 10))
-            if usual >= self._TEXTURE and value < self._limits.blur * usual:
+            if self._usual >= self._TEXTURE and value < self._limits.blur * self._usual:
                 self._low_since_s = now_s if self._low_since_s is None else self._low_since_s
                 return now_s - self._low_since_s >= self._limits.blur_s
         self._low_since_s = None
         if now_s - self._sampled_s >= self._SAMPLE_S:
             self._sampled_s = now_s
             self._samples.append(value)
+            self._usual = float(np.percentile(self._samples, 10))
         return False
 
     def restart(self) -> None:
@@ -220,7 +221,10 @@ def luma_grid(pixels: npt.NDArray[np.uint8], step: int = 8) -> Grid:
 def gradient(pixels: npt.NDArray[np.uint8], step: int = 8) -> float:
     """Return the mean absolute difference of horizontal neighbours in every `step`-th row's green, in grey levels."""
     rows = pixels[::step, :, 1].astype(np.int16)
-    return float(np.abs(np.diff(rows, axis=1)).mean()) if rows.shape[1] > 1 else 0.0
+    if rows.shape[1] < 2:
+        return 0.0
+    differences = rows[:, 1:] - rows[:, :-1]
+    return float(np.abs(differences, out=differences).sum(dtype=np.int64) / differences.size)
 
 
 def _difference(first: Grid, second: Grid) -> float:

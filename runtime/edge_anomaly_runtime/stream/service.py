@@ -202,9 +202,8 @@ class Stream:
         if record["verdict"] not in (result.verdict, "INVALID"):
             record["single_verdict"] = result.verdict
         record["ms"]["post"] = round((perf_counter() - start) * 1e3, 3)
-        item = Scored(frame, result, record)
-        item = replace(item, changed=camera.note(item))
-        self._observe(camera, item)
+        item = Scored(frame, result, record, changed=camera.note(record))
+        self._observe(record)
         self._send(item)
         self._scored += 1
         self._frames_of_model[model.name] += 1
@@ -238,8 +237,8 @@ class Stream:
         if self._page is not None:
             self._page.put(item)
 
-    def _observe(self, camera: Camera, item: Scored) -> None:
-        metrics, record = self._metrics, item.record
+    def _observe(self, record: dict[str, Any]) -> None:
+        metrics = self._metrics
         metrics.frame_age.observe(value=record["age_ms"] / 1e3)
         for stage, ms in record["ms"].items():
             metrics.stage.observe(stage, value=(ms or 0.0) / 1e3)
