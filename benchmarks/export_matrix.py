@@ -72,7 +72,7 @@ QUICK: dict[str, Any] = {
     "autoencoder": AutoencoderConfig(epochs=1),
     **{f"autoencoder {name}": AutoencoderConfig(encoder=name, epochs=1) for name in (LITE, *RESNETS[:3])},
     "vit-knn": VitKnnConfig(architecture=asdict(VIT_BASE)),
-    # Many small steps, for BatchNorm's running statistics: without them activations of deep networks leave FP16's range.
+    # Many small steps, for BatchNorm's statistics: without them activations of deep networks leave FP16's range.
     **{
         f"classifier ResNet-{depth}": ClassifierConfig(depth, epochs=30, batch_size=4, learning_rate=0.001)
         for depth in (18, 34, 50, 101, 152)
