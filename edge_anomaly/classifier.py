@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.errors import ImageError, MissingRequirementError, UsageError, did_you_mean
-from edge_anomaly_runtime.images import SUFFIXES, load_image
+from edge_anomaly_runtime.images import FULL_SIZE, SUFFIXES, load_image
 from edge_anomaly_runtime.preprocess import WHOLE_IMAGE, Preprocess, preprocess
 from edge_anomaly_runtime.progress import say, track
 
@@ -393,8 +393,8 @@ def _decoded(paths: Sequence[Path], spec: Preprocess) -> Iterator[tuple[Pixels, 
         results: list[tuple[Pixels, tuple[int, int]] | ImageError] = []
         for path in some:
             try:
-                image = load_image(path)
-                results.append((preprocess(image, spec), image.size))
+                image = load_image(path, spec)
+                results.append((preprocess(image, spec), image.info.get(FULL_SIZE, image.size)))
             except ImageError as error:
                 results.append(error)
         return results

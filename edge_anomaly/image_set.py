@@ -60,7 +60,7 @@ class ImageSet(Dataset[torch.Tensor]):
         """Return one model input, uint8 [H, W, 3]."""
         if self._pixels is not None:
             return np.asarray(self._pixels[index])
-        return np.array(preprocess(load_image(self.paths[index]), self.spec))
+        return np.array(preprocess(load_image(self.paths[index], self.spec), self.spec))
 
     def batches(self, what: str) -> Iterator[Pixels]:
         """Yield all images in order as uint8 [up to 16, H, W, 3] and show the progress."""

@@ -109,7 +109,9 @@ def _build(run: Run, folder: Path, name: str, options: ExportOptions) -> Manifes
     thresholds = {key: graphs.judged[key].thresholds for key in graphs.keys}
     sessions = {key: partial(graphs.open, key) for key in graphs.keys}
     normal_paths = comparison.paths[: comparison.holdout]
-    golden, golden_files = golden_from_images(normal_paths, comparison.pixels, sessions, thresholds, seed=run.seed)
+    golden, golden_files = golden_from_images(
+        normal_paths, comparison.pixels, sessions, thresholds, spec=run.preprocess, seed=run.seed
+    )
     graphs.files.update(golden_files)
     head = sum(value.nbytes for key, value in model.state_dict().items() if key.startswith("head."))
     return finish_bundle(

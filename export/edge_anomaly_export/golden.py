@@ -14,6 +14,7 @@ from edge_anomaly.prediction import Pixels, predict, session_scores
 from edge_anomaly_calibration.selection import synthetic_anomaly
 from edge_anomaly_runtime.bundle import GOLDEN_MAPS, GoldenImage, Thresholds
 from edge_anomaly_runtime.images import load_image
+from edge_anomaly_runtime.preprocess import Preprocess, preprocess
 from edge_anomaly_runtime.scoring import verdict_of
 from edge_anomaly_runtime.session import Session
 
@@ -27,13 +28,14 @@ def golden_from_images(
     sessions: Mapping[str, Callable[[], Session]],
     thresholds: Mapping[str, Thresholds],
     *,
+    spec: Preprocess,
     seed: int,
 ) -> tuple[list[GoldenImage], dict[str, bytes]]:
     """Store up to five held-out normal images and three damaged ones with the results of each 'engine/precision'.
 
     `pixels`: the model inputs of `paths`, uint8 [n, height, width, 3]. Returns the manifest's entries and the files.
     """
-    stored = _choose(paths, pixels, seed)
+    stored = _choose(paths, pixels, spec, seed)
     scores: dict[str, list[float]] = {}
     maps: dict[str, npt.NDArray[np.float32]] = {}
     for key, open_session in sessions.items():
@@ -82,7 +84,9 @@ def png_bytes(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _choose(paths: Sequence[Path], pixels: Pixels, seed: int) -> list[tuple[Image.Image, Pixels, bool]]:
+def _choose(
+    paths: Sequence[Path], pixels: Pixels, spec: Preprocess, seed: int
+) -> list[tuple[Image.Image, Pixels, bool]]:
     """Return (picture, model input, whether the picture is the model input) per golden image.
 
     Pictures below two megapixels are stored whole, so that the self-test covers the resize too.
@@ -90,8 +94,10 @@ def _choose(paths: Sequence[Path], pixels: Pixels, seed: int) -> list[tuple[Imag
     chosen = []
     for index in range(min(len(paths), _NORMAL)):
         source = load_image(paths[index])
-        whole = source.width * source.height <= _MAX_PIXELS
-        chosen.append((source if whole else Image.fromarray(pixels[index]), pixels[index], not whole))
+        if source.width * source.height <= _MAX_PIXELS:
+            chosen.append((source, preprocess(source, spec), False))  # a JPEG's `pixels` may be from a smaller picture
+        else:
+            chosen.append((Image.fromarray(pixels[index]), pixels[index], True))
     for index in range(_NORMAL, _NORMAL + _SYNTHETIC):
         damaged = synthetic_anomaly(pixels[index % len(paths)], np.random.default_rng([seed, index]))
         chosen.append((Image.fromarray(damaged), damaged, True))

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from .errors import ImageError, UsageError
-from .preprocess import Preprocess, preprocess
+from .preprocess import Preprocess, preprocess, shrinks_by
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 MAX_PIXELS = 50_000_000
+FULL_SIZE = "full size"  # in a picture's `info`: its (width, height) in the file, where it was decoded smaller
 
 # An allow-list: every format more is a parser more that an untrusted file can reach.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
+_TURNED = 5  # EXIF orientations from here on exchange width and height
 _SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 
-def load_image(path: Path | str) -> Image.Image:
+def load_image(path: Path | str, spec: Preprocess | None = None) -> Image.Image:
     """Read one file as an upright RGB picture.
 
+    With `spec`, a JPEG that is much too large for that model input is decoded at a half, a quarter or an eighth of its
+    size, which takes half the time; `preprocess` makes the same of both but for some tenths of a grey level.
     EXIF rotation is applied. Grey, palette and CMYK become RGB; transparent pixels are laid over black; of 16-bit grey
     the high byte is kept; of an animation or a multi-page file the first picture is used.
 
@@ -34,7 +40,7 @@ def load_image(path: Path | str) -> Image.Image:
             50 megapixels, or has 32-bit pixels.
     """
     try:
-        return _decode(Path(path))
+        return _decode(Path(path), spec)
     except ImageError:
         raise
     except FileNotFoundError:
@@ -50,7 +56,7 @@ def load_image(path: Path | str) -> Image.Image:
         raise ImageError(path, f"it is damaged or unreadable ({error})") from None
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: Path, spec: Preprocess | None) -> Image.Image:
     if path.is_dir():
         raise ImageError(path, "it is a folder")
     if path.stat().st_size == 0:
@@ -63,9 +69,21 @@ def _decode(path: Path) -> Image.Image:
             raise ImageError(
                 path, f"{file.width}x{file.height} pixels are more than {MAX_PIXELS // 1_000_000} megapixels"
             )
+        if spec is not None and isinstance(file, JpegImageFile):
+            _draft(file, spec)
         file.load()
         ImageOps.exif_transpose(file, in_place=True)  # a copy of the largest picture is 200 MB
         return _as_rgb(file, path)
+
+
+def _draft(file: JpegImageFile, spec: Preprocess) -> None:
+    """Have a JPEG decoded smaller: its cosines of 8x8 pixels hold the smaller pictures as well."""
+    width, height = file.size
+    is_turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= _TURNED
+    factor = shrinks_by((height, width) if is_turned else (width, height), spec)
+    if factor > 1:
+        file.info[FULL_SIZE] = file.size
+        file.draft(None, (math.ceil(width / factor), math.ceil(height / factor)))
 
 
 def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
@@ -119,7 +137,7 @@ def read_images(
     """
     for path in paths:
         try:
-            image = load_image(path)
+            image = load_image(path, spec)
         except ImageError as error:
             if strict:
                 raise

@@ -108,7 +108,7 @@ class Scorer:
         """Score one image file; an unreadable file gives an INVALID result, not an exception."""
         start = perf_counter()
         try:
-            image = load_image(path)
+            image = load_image(path, self._spec)
         except ImageError as error:
             return self.invalid(error.reason, path=str(path))
         return self._score(image, {"decode": _ms_since(start)}, str(path))

@@ -65,7 +65,7 @@ def golden(
     sessions = sessions or {"fake/fp32": MeanSession(1.0)}
     openers = {key: (lambda session=session: session) for key, session in sessions.items()}
     limits = {key: alarm_above(60 * session.gain, 80 * session.gain) for key, session in sessions.items()}
-    return golden_from_images(paths, inputs(paths), openers, limits, seed=seed)
+    return golden_from_images(paths, inputs(paths), openers, limits, spec=SPEC, seed=seed)
 
 
 def stored(files: dict[str, bytes], entry: GoldenImage) -> Pixels:

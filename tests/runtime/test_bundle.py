@@ -367,7 +367,7 @@ def test_references_to_files_that_are_not_in_the_bundle_are_refused(
         pytest.param(_set("input", "shape", to=[1, 16, 16]), id="three dimensions"),
         pytest.param(_set("input", "preprocess", "policy", to="zoom"), id="unknown resize policy"),
         pytest.param(_set("input", "preprocess", "height", to=1), id="input of one row"),
-        pytest.param(_set("input", "preprocess", "version", to=2), id="newer preprocessing"),
+        pytest.param(_set("input", "preprocess", "version", to=3), id="newer preprocessing"),
         pytest.param(_set("input", "preprocess", "roi", to=[0, 0, 2, 1]), id="region outside"),
         pytest.param(_set("thresholds", "openvino/fp32", to={}), id="no threshold"),
         pytest.param(_set("thresholds", "openvino/fp32", "fail", "value", to="high"), id="threshold that is no number"),

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from edge_anomaly_runtime.errors import ImageError, UsageError
-from edge_anomaly_runtime.images import file_sha256, list_images, load_image, read_images
-from edge_anomaly_runtime.preprocess import Preprocess
+from edge_anomaly_runtime.images import FULL_SIZE, file_sha256, list_images, load_image, read_images
+from edge_anomaly_runtime.preprocess import Preprocess, preprocess
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -45,6 +45,53 @@ def _pixels(path: Path) -> list[list[list[int]]]:
 
 def _noise(side: int = 48) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+# Large JPEGs
+
+
+def _photo(width: int, height: int) -> Image.Image:
+    grain = np.random.default_rng(1).integers(0, 256, (height // 9, width // 9), dtype=np.uint8)
+    return Image.fromarray(grain).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_for_a_small_input(tmp_path: Path) -> None:
+    path = _file(tmp_path, _encoded(_photo(1920, 1080), "JPEG", quality=90), "x.jpg")
+    spec = Preprocess(224, 224)
+    small, whole = load_image(path, spec), load_image(path)
+    assert (small.size, whole.size) == ((960, 540), (1920, 1080))
+    assert (small.info[FULL_SIZE], whole.info.get(FULL_SIZE)) == ((1920, 1080), None)
+    difference = np.abs(preprocess(small, spec).astype(int) - preprocess(whole, spec))
+    assert difference.mean() < 0.7
+    assert difference.max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("spec", "decoded"),
+    [
+        (Preprocess(224, 224), (1000, 600)),  # already near
+        (Preprocess(64, 64), (250, 150)),
+        (Preprocess(16, 16), (125, 75)),  # an eighth is the smallest that there is
+        (Preprocess(64, 64, roi=(0.0, 0.0, 0.2, 0.2)), (1000, 600)),
+        (Preprocess(64, 64, version=1), (1000, 600)),
+    ],
+)
+def test_a_jpeg_stays_twice_as_large_as_the_input(tmp_path: Path, spec: Preprocess, decoded: tuple[int, int]) -> None:
+    path = _file(tmp_path, _encoded(_photo(1000, 600), "JPEG"), "x.jpg")
+    assert load_image(path, spec).size == decoded
+
+
+def test_a_turned_jpeg_is_decoded_smaller_by_its_upright_size(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees: 1000x600 in the file, 600x1000 upright
+    path = _file(tmp_path, _encoded(_photo(1000, 600), "JPEG", exif=exif), "x.jpg")
+    assert load_image(path, Preprocess(250, 32)).size == (300, 500)
+    assert load_image(path, Preprocess(32, 250)).size == (600, 1000)
+
+
+def test_other_formats_are_decoded_whole(tmp_path: Path) -> None:
+    path = _file(tmp_path, _encoded(_photo(1000, 600), "PNG"))
+    assert load_image(path, Preprocess(64, 64)).size == (1000, 600)
 
 
 # Modes: each becomes RGB

@@ -12,7 +12,7 @@ from PIL import Image
 
 from edge_anomaly_runtime.errors import UsageError
 from edge_anomaly_runtime.overlay import map_to_source
-from edge_anomaly_runtime.preprocess import Policy, Preprocess, Roi, content_area, preprocess, source_box
+from edge_anomaly_runtime.preprocess import Policy, Preprocess, Roi, content_area, preprocess, shrinks_by, source_box
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -39,6 +39,40 @@ def test_halving_is_antialiased() -> None:
 def test_fine_stripes_become_grey_and_not_stripes() -> None:
     image = _grey([[0, 200] * 64] * 128)
     assert np.unique(preprocess(image, Preprocess(16, 16))[:, 1:-1]).tolist() == [100]
+
+
+def _surface(height: int, width: int) -> Pixels:
+    """Return a picture with structure of every size, as of a real surface: noise blurred to several scales."""
+    rng = np.random.default_rng(0)
+    total = np.zeros((height, width, 3), np.float32)
+    for scale in (1, 4, 16, 64):
+        coarse = rng.integers(0, 256, (height // scale + 2, width // scale + 2, 3), dtype=np.uint8)
+        total += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    return (total / 4).astype(np.uint8)
+
+
+def test_much_too_large_pictures_are_reduced_in_two_steps_to_nearly_the_same_pixels() -> None:
+    large, moderate = _surface(1080, 1920), _surface(400, 640)
+    one, two = Preprocess(224, 224, version=1), Preprocess(224, 224)
+    difference = np.abs(preprocess(large, two).astype(int) - preprocess(large, one))
+    assert difference.any()
+    assert difference.mean() < 0.7
+    assert difference.max() <= 8
+    assert np.array_equal(preprocess(moderate, two), preprocess(moderate, one))
+
+
+@pytest.mark.parametrize(
+    ("size", "spec", "expected"),
+    [
+        ((1920, 1080), Preprocess(224, 224), 1080 / 224 / 2),
+        ((1920, 1080), Preprocess(224, 224, "letterbox"), 1920 / 224 / 2),
+        ((1920, 1080), Preprocess(224, 224, "crop"), 1080 / 224 / 2),
+        ((1920, 1080), Preprocess(224, 224, roi=(0.0, 0.0, 0.25, 0.5)), 480 / 224 / 2),
+        ((1920, 1080), Preprocess(224, 224, version=1), 1.0),
+    ],
+)
+def test_how_much_smaller_a_picture_may_be_decoded(size: tuple[int, int], spec: Preprocess, expected: float) -> None:
+    assert shrinks_by(size, spec) == pytest.approx(expected)
 
 
 def test_equal_sizes_change_nothing_and_give_a_copy() -> None:
@@ -193,7 +227,7 @@ def test_any_size_policy_and_roi_give_the_right_shapes(seed: int) -> None:
         pytest.param({"roi": (-0.1, 0.0, 1.0, 1.0)}, "-0.1", id="roi outside, left"),
         pytest.param({"roi": (0.0, 0.0, 1.0, 1.1)}, "1.1", id="roi outside, below"),
         pytest.param({"roi": (math.nan, 0.0, 1.0, 1.0)}, "nan", id="roi of NaN"),
-        pytest.param({"version": 2}, "version 2", id="newer version"),
+        pytest.param({"version": 3}, "version 3", id="newer version"),
     ],
 )
 def test_impossible_specifications_are_refused_with_the_value(arguments: dict[str, Any], named: str) -> None:

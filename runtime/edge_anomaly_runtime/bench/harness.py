@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from edge_anomaly_runtime.bundle import Bundle, read_bundle
 from edge_anomaly_runtime.cpu import usable_cpus
@@ -203,12 +204,12 @@ def _are_full_size(bundle: Bundle) -> bool:
 
 
 def _frame(scorer: Scorer, paths: Sequence[Path]) -> Frame:
-    session = scorer.session
+    session, spec = scorer.session, scorer.bundle.manifest.input.preprocess
 
     def frame(index: int) -> Stages:
         path = paths[index % len(paths)]
         start = perf_counter()
-        image = np.asarray(load_image(path))
+        image = load_image(path, spec)
         decoded = perf_counter()
         result = judged(scorer, image, path)
         end = perf_counter()
@@ -221,7 +222,7 @@ def _frame(scorer: Scorer, paths: Sequence[Path]) -> Frame:
     return frame
 
 
-def judged(scorer: Scorer, image: npt.NDArray[np.uint8], path: Path) -> Result:
+def judged(scorer: Scorer, image: Image.Image | npt.NDArray[np.uint8], path: Path) -> Result:
     """Score a picture; one that is not judged never reaches the engine, and would make it look fast.
 
     Raises:
