@@ -135,12 +135,14 @@ def build_ours(work: Path, name: str, case: Case) -> None:
     from edge_anomaly_runtime.preprocess import Preprocess
 
     is_random = case.backbone != LITE
-    short: dict[str, Any] = {"epochs": 1} if is_random else {}
+    # Random weights: only as long as it takes to be accepted.
+    short: dict[str, dict[str, Any]] = {"stpm": {"epochs": 3, "batch_size": 4}, "fastflow": {"epochs": 1}}
+    more = short.get(case.model, {}) if is_random else {}
     config = {
         "padim": lambda: PadimConfig(case.backbone),
         "patchcore": lambda: PatchcoreConfig(case.backbone),
-        "stpm": lambda: StpmConfig(case.backbone, **short),
-        "fastflow": lambda: FastflowConfig(case.backbone, finetune="off", **short),
+        "stpm": lambda: StpmConfig(case.backbone, **more),
+        "fastflow": lambda: FastflowConfig(case.backbone, finetune="off", **more),
     }[case.model]()
     run = work / f"{name}-run"
     if not (run / "run.json").exists():

@@ -39,7 +39,8 @@ bench_app = typer.Typer(
     "`bench BUNDLE` is short for `bench run BUNDLE`; its options: edge-anomaly bench run --help\n\n"
     "Examples:\n\nedge-anomaly bench part.eab --engine openvino --scenario single --json\n\n"
     "edge-anomaly bench part.eab --repeat 5 --budget p50=8ms --budget p99=25ms\n\n"
-    "edge-anomaly bench compare old.eab new.eab",
+    "edge-anomaly bench compare old.eab new.eab\n\n"
+    "edge-anomaly bench sweep part.eab --plot pace.svg",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -169,6 +170,58 @@ def compare(
         raise GateError(
             f"{second} takes {result.ratio:.2f} times as long as {first}.", "Raise --max-ratio, or mend it."
         )
+
+
+@bench_app.command()
+def sweep(
+    bundle: BundleArg,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(metavar="FPS", help="Frames a second; without it, 10 to 115 % of what is possible. Repeatable."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="For each rate.")] = 10.0,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Real images in place of the bundle's golden ones. Repeatable."),
+    ] = None,
+    as_json: JsonOption = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write pace against latency as SVG.")] = None,
+) -> None:
+    """Measure a camera's latency at several rates, and find the highest one that misses no frame.
+
+    Example: edge-anomaly bench sweep part.eab --images photos/ --plot pace.svg
+    """
+    from .atomic import make_folder, replace_file
+    from .bench.plots import pace_curve
+    from .bench.sweep import sweep as measured_at
+    from .progress import say, track
+    from .scoring import open_scorer
+
+    if wrong := [value for value in rate or () if not 0 < value <= 10_000]:
+        raise UsageError(f"--rate {wrong[0]:g} is not possible.", "Give frames a second, above 0.")
+    if plot is not None:
+        make_folder(plot.parent)
+    with open_scorer(bundle, engine=engine, precision=precision, threads=threads) as scorer:
+        report = measured_at(
+            scorer,
+            rates=rate or (),
+            seconds=seconds,
+            images=images or (),
+            progress=lambda rates: track(rates, "rates", len(rates)),
+        )
+    if plot is not None:
+        replace_file(plot, pace_curve(report["rates"]).encode())
+    highest = report["highest_rate"]
+    if as_json:
+        print(json.dumps(report))
+    elif highest is None:
+        print("frames were missed at every rate")
+    else:
+        print(f"{highest:g} frames a second without missing one")
+        say("Half of that leaves room for other work and for heat.")
 
 
 def _print_report(report: dict[str, Any], gates: Sequence[Gate], *, as_json: bool, samples: bool) -> None:

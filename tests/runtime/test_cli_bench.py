@@ -123,3 +123,18 @@ def test_compare_ends_with_code_1_for_a_slower_bundle(
     assert code == 1
     assert "B / A 1.300 (limit 1.1, noise 1.020" in out
     assert "takes 1.30 times as long" in err
+
+
+def test_sweep_prints_the_highest_rate_and_draws_it(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+    flags = ["--rate", "20", "--rate", "12", "--seconds", "1", "--engine", "onnxruntime", "--threads", "1"]
+    code, out, err = run("bench", "sweep", tiny_bundle, *flags, "--plot", tmp_path / "plots" / "pace.svg")
+    assert code == 0
+    assert "20 a second: 20 scored" in err
+    assert out.endswith("a second without missing one\n")
+    assert "<svg" in (tmp_path / "plots" / "pace.svg").read_text()
+    code, out, _ = run("bench", "sweep", tiny_bundle, *flags, "--json")
+    report = json.loads(out)
+    assert (report["schema"], [row["rate"] for row in report["rates"]]) == ("edge-anomaly.bench-sweep/1", [12, 20])
+    code, _, err = run("bench", "sweep", tiny_bundle, "--rate", "0")
+    assert code == 2
+    assert "--rate 0 is not possible" in err

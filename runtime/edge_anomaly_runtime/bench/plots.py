@@ -6,6 +6,9 @@ import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from edge_anomaly_runtime.errors import UsageError
 
 from .formats import fact_lines, headline, stage_rows
 from .gates import Gate
@@ -14,6 +17,7 @@ from .statistics import percentile, samples_needed
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 720, 260, 62, 44, 30, 14
 _BINS = 60
+_BLUE, _TAIL, _LOST = "#2f6fb3", "#8896a5", "#b3261e"
 # The curve shows the tail as large as the rest: 90, 99 and 99.9 are equally far apart.
 _CURVE = (0.0, 10.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.99)
 Point = tuple[float, float]
@@ -47,6 +51,24 @@ def plots(report: Report) -> dict[str, str]:
     if report["scenario"]["rate"] is not None and report["started_s"]:
         made["pace"] = _pace(report)
     return made
+
+
+def pace_curve(rows: Sequence[dict[str, Any]]) -> str:
+    """Return an SVG picture of a sweep's rows: median and 95th percentile by rate, in red where frames were missed."""
+    high = max(row["rate"] for row in rows)
+    shown = [(row["rate"], row["p50_ms"], row["p95_ms"], row["missed"]) for row in rows if row["p50_ms"] is not None]
+    if not shown:
+        raise UsageError("Too few frames for a plot.", "Measure longer with --seconds.")
+    x = Axis("frames a second", 0, high, _ticks(0, high))
+    medians = [(rate, p50) for rate, p50, _, _ in shown]
+    tails = [(rate, p95) for rate, _, p95, _ in shown if p95 is not None]
+    lost = [(rate, p50) for rate, p50, _, missed in shown if missed]
+
+    def marks(to: To) -> str:
+        return _line(medians)(to) + _line(tails, _TAIL)(to) + _dots(lost, _LOST, 4)(to)
+
+    title = "Latency from when a frame was due: median (blue), 95 % (grey); red: frames missed"
+    return _drawn(title, x, _latency_axis([value for _, value in medians + tails]), marks)
 
 
 def page(report: Report, gates: Sequence[Gate] = ()) -> str:
@@ -95,7 +117,7 @@ def _histogram(samples: Sequence[float]) -> str:
         ]
         return "".join(
             f"<rect x='{left:.1f}' y='{top:.1f}' width='{max(1.0, right - left - 0.5):.1f}' "
-            f"height='{floor - top:.1f}' fill='#2f6fb3'/>"
+            f"height='{floor - top:.1f}' fill='{_BLUE}'/>"
             for (left, floor), (right, top) in corners
         )
 
@@ -121,18 +143,19 @@ def _pace(report: Report) -> str:
     return _drawn(title, x, _latency_axis(report["samples_ms"]), _dots(points))
 
 
-def _dots(points: Sequence[Point]) -> Marks:
+def _dots(points: Sequence[Point], colour: str = _BLUE, radius: float = 1.4) -> Marks:
     def marks(to: To) -> str:
         places = (to(*point) for point in points)
-        return "".join(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='1.4' fill='#2f6fb3'/>" for x, y in places)
+        return "".join(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{radius}' fill='{colour}'/>" for x, y in places)
 
     return marks
 
 
-def _line(points: Sequence[Point]) -> Marks:
+def _line(points: Sequence[Point], colour: str = _BLUE) -> Marks:
     def marks(to: To) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (to(*point) for point in points))
-        return f"<polyline points='{path}' fill='none' stroke='#2f6fb3' stroke-width='2'/>" + _dots(points)(to)
+        line = f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>"
+        return line + _dots(points, colour)(to)
 
     return marks
 
