@@ -298,7 +298,8 @@ def _layer_outputs(backbone: Backbone, pixels: torch.Tensor) -> list[torch.Tenso
 def _unit_length(features: torch.Tensor) -> torch.Tensor:
     """Return features [N, C, h, w] of length 1 over the channels, in float32: squares overflow in half precision."""
     wide = features.float()
-    return wide * torch.rsqrt(wide.square().sum(dim=1, keepdim=True) + _EPSILON)
+    # A least value, not a sum: the exporter takes x + 1e-12 for x, and a place without any feature would give 0/0.
+    return wide * torch.rsqrt(wide.square().sum(dim=1, keepdim=True).clamp(min=_EPSILON))
 
 
 def _probes(images: ImageSet, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

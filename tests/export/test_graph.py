@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ from onnx import numpy_helper
 from torch import nn
 
 from edge_anomaly.padim import CovarianceKind, Padim, ReductionKind
+from edge_anomaly.stpm import StpmConfig
+from edge_anomaly.stpm import build as build_stpm
 from edge_anomaly_export.graph import only_output, onnx_from_detector, with_head_arrays, without_output
 from edge_anomaly_runtime.errors import EdgeAnomalyError
 from edge_anomaly_runtime.session import open_engine
@@ -76,6 +79,18 @@ def test_engine_and_torch_give_the_same_numbers(traced: Traced, images: npt.NDAr
         for name, values in zip(("score", "anomaly_map", "embedding"), expected, strict=True):
             assert np.abs(got[name] - values).max() <= 1e-4 * np.abs(values).max(), name
     session.close()
+
+
+def test_a_place_without_any_feature_is_a_number_in_the_graph_too(images: npt.NDArray[np.uint8]) -> None:
+    model = build_stpm(StpmConfig("resnet18"), 64, 64, weights="random")
+    last: Any = model.backbone.student.stages[2]
+    last[1].bn2.bias.data.fill_(-1000.0)  # ReLU leaves nothing of the student's last layer
+    image = np.resize(images[0], (64, 64, 3))
+    with torch.no_grad():
+        score, anomaly_map = model(torch.from_numpy(image[np.newaxis]))
+    found = run(onnx_from_detector(model, 64, 64), image)
+    np.testing.assert_allclose(found["score"], score.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(found["anomaly_map"], anomaly_map.numpy(), rtol=1e-3, atol=1e-6)
 
 
 def test_the_score_is_the_largest_value_of_the_map(traced: Traced, images: npt.NDArray[np.uint8]) -> None:
