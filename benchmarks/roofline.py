@@ -3,8 +3,8 @@
     python benchmarks/roofline.py part.eab other.eab --rounds 5
     python benchmarks/roofline.py part.eab --precision fp32 --nodes 15
 
-The peak is measured in the same run: a chain of INT8 (or f32) matrix products of 1024 x 2048 x 2048 without anything
-between them, the best of shapes and rounds. A model's figures are sums over OpenVINO's own counters of single nodes;
+The peak is measured in the same run, and anew in each round: chains of INT8 (or f32) matrix products without anything
+large between them, the best of three shapes. A model's figures are sums over OpenVINO's own counters of single nodes;
 depthwise convolutions have so few products per byte that they are listed apart. Median of the rounds, peak and models
 in turns.
 """
@@ -155,7 +155,7 @@ def summary(name: str, nodes: Iterable[Node], wall_ms: float, peak: float) -> di
     rate = sum(node.macs for node in dense) / max(1e-9, sum(node.ms for node in dense)) / 1e6
     whole = sum(node.macs for node in backbone) / max(1e-9, sum(node.ms for node in backbone)) / 1e6
     return {
-        "model": name,
+        "model": Path(name).stem,
         "backbone_gmac": sum(node.macs for node in backbone) / 1e9,
         "wall_ms": wall_ms,
         "nodes_ms": total,
@@ -201,7 +201,7 @@ def main() -> None:
         weights = bundle.read(str(Path(graph).with_suffix(".bin"))) if graph.endswith(".xml") else None
         core = openvino_core()
         model = core.read_model(bundle.read(graph), weights) if weights else core.read_model(bundle.read(graph))
-        models.append((path.stem, compiled(model, arguments.threads), products_of(model)))
+        models.append((str(path), compiled(model, arguments.threads), products_of(model)))
     peaks: list[float] = []
     rounds: dict[str, list[tuple[list[Node], float]]] = {name: [] for name, _, _ in models}
     for _ in range(arguments.rounds):

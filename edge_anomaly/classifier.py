@@ -27,8 +27,8 @@ from torch.utils.data import Dataset
 
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.errors import ImageError, MissingRequirementError, UsageError, did_you_mean
-from edge_anomaly_runtime.images import FULL_SIZE, SUFFIXES, load_image
-from edge_anomaly_runtime.preprocess import WHOLE_IMAGE, Preprocess, preprocess
+from edge_anomaly_runtime.images import SUFFIXES, load_image
+from edge_anomaly_runtime.preprocess import WHOLE_IMAGE, Preprocess, full_size, preprocess
 from edge_anomaly_runtime.progress import say, track
 
 from .backbones import DEFAULT_WEIGHTS, RANDOM_WEIGHTS
@@ -394,7 +394,7 @@ def _decoded(paths: Sequence[Path], spec: Preprocess) -> Iterator[tuple[Pixels, 
         for path in some:
             try:
                 image = load_image(path, spec)
-                results.append((preprocess(image, spec), image.info.get(FULL_SIZE, image.size)))
+                results.append((preprocess(image, spec), full_size(image)))
             except ImageError as error:
                 results.append(error)
         return results

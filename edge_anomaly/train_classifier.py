@@ -14,7 +14,7 @@ from edge_anomaly_runtime.atomic import check_free, new_folder
 from edge_anomaly_runtime.bundle import CLASSIFIER, MANIFEST
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.errors import ArtefactError
-from edge_anomaly_runtime.preprocess import Preprocess
+from edge_anomaly_runtime.preprocess import WHOLE_IMAGE, Preprocess
 from edge_anomaly_runtime.progress import say
 
 from .classifier import (
@@ -57,17 +57,13 @@ class ClassifierRun:
 
     path: Path
     config: ClassifierConfig
+    preprocess: Preprocess
     source: str
     validation: float
     data: dict[str, Any]
     figures: dict[str, Any] | None
     versions: dict[str, str]
     seconds: float
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """How a picture becomes the model's input."""
-        return Preprocess(self.config.image_size, self.config.image_size)
 
 
 def train_classifier(
@@ -109,6 +105,7 @@ def train_classifier(
         run = ClassifierRun(
             path=out,
             config=config,
+            preprocess=spec,
             source=data if data.startswith("cifar10:") else str(Path(data).resolve()),
             validation=options.validation,
             data=images.summary(),
@@ -127,6 +124,7 @@ def train_classifier(
 def _save(folder: Path, run: ClassifierRun, model: Classifier) -> None:
     record = {
         "config": asdict(run.config),
+        "preprocess": asdict(run.preprocess),
         "source": run.source,
         "validation": run.validation,
         "data": run.data,
@@ -165,7 +163,11 @@ def load_classifier(path: Path) -> tuple[ClassifierRun, Classifier]:
             raise ArtefactError(f"{path} is not a classifier's run.", "Make one with: edge-anomaly train classifier")
         config = ClassifierConfig(**{**record["config"], "classes": tuple(record["config"]["classes"])})
         kept = {name: record[name] for name in ("source", "validation", "data", "figures", "versions", "seconds")}
-        run = ClassifierRun(path=path, config=config, **kept)
+        # A run without it was made with the first version.
+        first = {"height": config.image_size, "width": config.image_size, "roi": WHOLE_IMAGE, "version": 1}
+        given = record.get("preprocess", first)
+        spec = Preprocess(**{**given, "roi": tuple(given["roi"])})
+        run = ClassifierRun(path=path, config=config, preprocess=spec, **kept)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path / RECORD} is damaged: {error}.", "Train it again.") from error
     model = build(config, config.image_size, config.image_size)

@@ -200,8 +200,6 @@ def sweep(
     from .progress import say, track
     from .scoring import open_scorer
 
-    if wrong := [value for value in rate or () if not 0 < value <= 10_000]:
-        raise UsageError(f"--rate {wrong[0]:g} is not possible.", "Give frames a second, above 0.")
     if plot is not None:
         make_folder(plot.parent)
     with open_scorer(bundle, engine=engine, precision=precision, threads=threads) as scorer:
@@ -210,18 +208,20 @@ def sweep(
             rates=rate or (),
             seconds=seconds,
             images=images or (),
-            progress=lambda rates: track(rates, "rates", len(rates)),
+            progress=lambda options: track(options, "rates", len(options)),
         )
-    if plot is not None:
-        replace_file(plot, pace_curve(report["rates"]).encode())
     highest = report["highest_rate"]
     if as_json:
         print(json.dumps(report))
     elif highest is None:
-        print("frames were missed at every rate")
+        print(f"frames were missed even at {report['rates'][0]['rate']:g} a second")
     else:
         print(f"{highest:g} frames a second without missing one")
         say("Half of that leaves room for other work and for heat.")
+    for text in report["warnings"]:
+        say(f"Warning: {text}.")
+    if plot is not None:
+        replace_file(plot, pace_curve(report["rates"]).encode())
 
 
 def _print_report(report: dict[str, Any], gates: Sequence[Gate], *, as_json: bool, samples: bool) -> None:

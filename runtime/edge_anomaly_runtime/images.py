@@ -15,15 +15,14 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from .errors import ImageError, UsageError
-from .preprocess import Preprocess, preprocess, shrinks_by
+from .preprocess import FULL_SIZE, Preprocess, preprocess, shrinks_by
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 MAX_PIXELS = 50_000_000
-FULL_SIZE = "full size"  # in a picture's `info`: its (width, height) in the file, where it was decoded smaller
 
 # An allow-list: every format more is a parser more that an untrusted file can reach.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
-_TURNED = 5  # EXIF orientations from here on exchange width and height
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -69,21 +68,26 @@ def _decode(path: Path, spec: Preprocess | None) -> Image.Image:
             raise ImageError(
                 path, f"{file.width}x{file.height} pixels are more than {MAX_PIXELS // 1_000_000} megapixels"
             )
-        if spec is not None and isinstance(file, JpegImageFile):
-            _draft(file, spec)
+        whole = _draft(file, spec) if spec is not None and isinstance(file, JpegImageFile) else None
         file.load()
         ImageOps.exif_transpose(file, in_place=True)  # a copy of the largest picture is 200 MB
+        if whole is not None:
+            file.info[FULL_SIZE] = whole
         return _as_rgb(file, path)
 
 
-def _draft(file: JpegImageFile, spec: Preprocess) -> None:
-    """Have a JPEG decoded smaller: its cosines of 8x8 pixels hold the smaller pictures as well."""
+def _draft(file: JpegImageFile, spec: Preprocess) -> tuple[int, int] | None:
+    """Have a JPEG decoded smaller: its cosines of 8x8 pixels hold the smaller pictures as well.
+
+    Returns the upright width and height of the whole picture, None if it is decoded whole.
+    """
     width, height = file.size
-    is_turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= _TURNED
-    factor = shrinks_by((height, width) if is_turned else (width, height), spec)
-    if factor > 1:
-        file.info[FULL_SIZE] = file.size
-        file.draft(None, (math.ceil(width / factor), math.ceil(height / factor)))
+    upright = (height, width) if file.getexif().get(ExifTags.Base.Orientation) in _TURNED else (width, height)
+    factor = shrinks_by(upright, spec)
+    if factor < 2:  # a half is the first step
+        return None
+    file.draft(None, (math.ceil(width / factor), math.ceil(height / factor)))
+    return None if file.size == (width, height) else upright
 
 
 def _as_rgb(image: Image.Image, path: Path) -> Image.Image:

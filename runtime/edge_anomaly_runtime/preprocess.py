@@ -1,4 +1,7 @@
-"""The one resize of the project: training, calibration, evaluation and the device all call `preprocess`."""
+"""The one resize of the project: training, calibration, evaluation and the device all call `preprocess`.
+
+A large JPEG may come to it decoded smaller already (`images.load_image`), by the same rule everywhere.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,12 @@ Box = tuple[float, float, float, float]
 
 WHOLE_IMAGE: Roi = (0.0, 0.0, 1.0, 1.0)
 
-# A picture more than twice this many times too large is first averaged over whole squares of pixels (or decoded smaller
-# at once, a JPEG): half the time at 1080p, and 0.15 grey levels of difference on average.
+# A picture so many times too large, twice over, is first averaged over whole squares of pixels, or decoded smaller at
+# once, if it is a JPEG: half the time at 1080p, and some tenths of a grey level of difference.
 _GAP = 2.0
+
+# In a picture's `info`: its upright (width, height), where it was decoded smaller.
+FULL_SIZE = "full size"
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def preprocess(
     """
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     box = source_box(picture.size, spec)
-    top, left, height, width = content_area(picture.size, spec)
+    top, left, height, width = content_area(full_size(picture), spec)
     gap = None if spec.version == 1 else _GAP
     resized = picture.resize((width, height), resample, box=box, reducing_gap=gap)
     if (height, width) == (spec.height, spec.width):
@@ -84,12 +90,18 @@ def preprocess(
 
 
 def shrinks_by(size: tuple[int, int], spec: Preprocess) -> float:
-    """Return how many times smaller a picture of `size` (width, height) may be decoded; below 1 for not at all."""
+    """Return how many times smaller a picture of `size` (width, height) may be decoded; below 2 it is decoded whole."""
     if spec.version == 1:
         return 1.0
     left, top, right, bottom = source_box(size, spec)
     _, _, height, width = content_area(size, spec)
     return min((right - left) / width, (bottom - top) / height) / _GAP
+
+
+def full_size(picture: Image.Image) -> tuple[int, int]:
+    """Return the width and height of a picture as it is in its file, upright."""
+    width, height = picture.info.get(FULL_SIZE, picture.size)
+    return width, height
 
 
 def source_box(size: tuple[int, int], spec: Preprocess) -> Box:

@@ -17,7 +17,7 @@ from .bundle import CLASSIFIER, Bundle, Thresholds, read_bundle
 from .engine_tensorrt import TensorrtSession
 from .errors import ImageError, UsageError
 from .images import load_image
-from .preprocess import content_area, preprocess
+from .preprocess import content_area, full_size, preprocess
 from .session import Session, graph_key, open_session
 
 Verdict = Literal["OK", "WARN", "NG", "INVALID"]
@@ -125,7 +125,7 @@ class Scorer:
         start = perf_counter()
         pixels = preprocess(image, self._spec)
         ms["resize"] = _ms_since(start)
-        size = (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+        size = (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else full_size(image)
         _, _, height, width = content_area(size, self._spec)
         share = height * width / (self._spec.height * self._spec.width)
         return self._score_pixels(pixels, share, ms, path)

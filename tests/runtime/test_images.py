@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from edge_anomaly_runtime.errors import ImageError, UsageError
-from edge_anomaly_runtime.images import FULL_SIZE, file_sha256, list_images, load_image, read_images
-from edge_anomaly_runtime.preprocess import Preprocess, preprocess
+from edge_anomaly_runtime.images import file_sha256, list_images, load_image, read_images
+from edge_anomaly_runtime.preprocess import FULL_SIZE, Preprocess, full_size, preprocess
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -85,8 +85,28 @@ def test_a_turned_jpeg_is_decoded_smaller_by_its_upright_size(tmp_path: Path) ->
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees: 1000x600 in the file, 600x1000 upright
     path = _file(tmp_path, _encoded(_photo(1000, 600), "JPEG", exif=exif), "x.jpg")
-    assert load_image(path, Preprocess(250, 32)).size == (300, 500)
+    turned = load_image(path, Preprocess(250, 32))
+    assert (turned.size, full_size(turned)) == ((300, 500), (600, 1000))
     assert load_image(path, Preprocess(32, 250)).size == (600, 1000)
+
+
+@pytest.mark.parametrize(("kind", "value"), [(1, b"\x06"), (7, b"\x06"), (2, b"6\x00")])
+def test_an_orientation_of_another_type_is_no_damage(tmp_path: Path, kind: int, value: bytes) -> None:
+    """Some devices write the tag as bytes or text (TIFF types 1, 7, 2) where a SHORT belongs."""
+    entry = struct.pack("<HHI", 0x0112, kind, len(value)) + value.ljust(4, b"\x00")
+    exif = b"Exif\x00\x00II*\x00" + struct.pack("<IH", 8, 1) + entry + struct.pack("<I", 0)
+    path = _file(tmp_path, _encoded(_photo(1000, 600), "JPEG", exif=exif), "x.jpg")
+    assert load_image(path, Preprocess(64, 64)).size[0] < 600
+
+
+def test_a_letterbox_is_the_same_for_a_picture_decoded_smaller(tmp_path: Path) -> None:
+    # Half of 1213 is rounded up: by the smaller picture's own ratio the content would be one row higher.
+    path = _file(tmp_path, _encoded(_photo(4087, 1213), "JPEG"), "x.jpg")
+    spec = Preprocess(224, 224, "letterbox")
+    small, whole = preprocess(load_image(path, spec), spec), preprocess(load_image(path), spec)
+    assert load_image(path, spec).size[0] < 4087
+    assert np.array_equal(small.any(axis=(1, 2)), whole.any(axis=(1, 2)))
+    assert np.abs(small.astype(int) - whole).mean() < 1.5  # a row of content too much or too few makes it twice that
 
 
 def test_other_formats_are_decoded_whole(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def run_bench(scorers: Sequence[Scorer], options: BenchOptions | None = None, *,
     options = options or BenchOptions()
     scorer = scorers[0]
     paths = list_images(options.images) if options.images else golden_pictures(scorer.bundle)
-    frames = [_frame(one, paths) for one in scorers]
+    frames = [_frame(one, paths, as_camera=options.scenario in ("paced", "multi")) for one in scorers]
     start = perf_counter()
     frames[0](0)
     first_ms = (perf_counter() - start) * 1e3
@@ -203,8 +203,9 @@ def _are_full_size(bundle: Bundle) -> bool:
     return any(not image.preprocessed for image in bundle.manifest.golden)
 
 
-def _frame(scorer: Scorer, paths: Sequence[Path]) -> Frame:
-    session, spec = scorer.session, scorer.bundle.manifest.input.preprocess
+def _frame(scorer: Scorer, paths: Sequence[Path], *, as_camera: bool) -> Frame:
+    """Return what one image takes; as a camera's it is decoded whole, as a file it may be decoded smaller."""
+    session, spec = scorer.session, None if as_camera else scorer.bundle.manifest.input.preprocess
 
     def frame(index: int) -> Stages:
         path = paths[index % len(paths)]

@@ -54,7 +54,11 @@ def plots(report: Report) -> dict[str, str]:
 
 
 def pace_curve(rows: Sequence[dict[str, Any]]) -> str:
-    """Return an SVG picture of a sweep's rows: median and 95th percentile by rate, in red where frames were missed."""
+    """Return an SVG picture of a sweep's rows: median and 95th percentile by rate, in red where frames were missed.
+
+    Raises:
+        UsageError: no rate has enough frames for a median.
+    """
     high = max(row["rate"] for row in rows)
     shown = [(row["rate"], row["p50_ms"], row["p95_ms"], row["missed"]) for row in rows if row["p50_ms"] is not None]
     if not shown:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from edge_anomaly_runtime.errors import UsageError
 from edge_anomaly_runtime.progress import say
 from edge_anomaly_runtime.scoring import Scorer
 
-from .harness import BenchOptions, run_bench
+from .harness import BenchOptions, Report, run_bench
 
 SCHEMA = "edge-anomaly.bench-sweep/1"
 SHOWN = ("p50", "p90", "p95", "p99", "max")
@@ -17,6 +18,7 @@ SHOWN = ("p50", "p90", "p95", "p99", "max")
 # Parts of the rate that frames back to back reach: beyond 1 frames must be missed, which the last one is to show.
 _SHARES = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.15)
 _SINGLE_RUNS = 100
+_LONGEST_S, _FASTEST = 86_400, 1e6
 
 
 def sweep(
@@ -25,33 +27,35 @@ def sweep(
     rates: Sequence[float] = (),
     seconds: float = 10.0,
     images: Sequence[str] = (),
-    progress: Callable[[Sequence[float]], Iterable[float]] = iter,
+    progress: Callable[[Sequence[BenchOptions]], Iterable[BenchOptions]] = iter,
 ) -> dict[str, Any]:
     """Measure a loaded bundle at each rate (frames a second) for `seconds`, and return a JSON-ready report.
 
     rates: with none, eight from 10 to 115 % of what frames back to back reach, which is measured first. Rows hold the
     rate, frames scored and missed, percentiles in ms from the moment at which a frame was due (None with too few
     samples), and the CPU time per frame. highest_rate: the highest one at which, as at all below, no frame was missed;
-    None if there is none. progress: goes through the rates.
+    None if there is none. warnings: what makes the figures doubtful. progress: goes through the measurements.
 
     Raises:
         UsageError: a rate or a duration that cannot be measured.
     """
-    if not seconds >= 1:
-        raise UsageError(f"--seconds {seconds:g} is too short.", "Give 1 or more for each rate.")
-    if not rates:
+    if not 1 <= seconds <= _LONGEST_S:
+        raise UsageError(f"--seconds {seconds:g} is not possible.", f"Give 1 to {_LONGEST_S} for each rate.")
+    options = [_paced(rate, seconds, images) for rate in sorted(rates)]
+    if not options:
         alone = run_bench([scorer], BenchOptions(runs=_SINGLE_RUNS, images=tuple(images)))
-        rates = [share * 1e3 / alone["latency_ms"]["total"]["p50"] for share in _SHARES]
-    rows, around = [], {}
-    for rate in progress(sorted(float(f"{rate:.3g}") for rate in rates)):
-        runs = max(1, round(rate * seconds))
-        options = BenchOptions("paced", runs, rate, images=tuple(images), warm_up=not rows)
-        report = run_bench([scorer], options)
-        around = report["environment"]
+        reached = 1e3 / alone["latency_ms"]["total"]["p50"]
+        options = [_paced(float(f"{share * reached:.3g}"), seconds, images) for share in _SHARES]
+    rows: list[dict[str, Any]] = []
+    doubts: dict[str, None] = {}
+    report: Report = {}
+    for chosen in progress(options):
+        report = run_bench([scorer], replace(chosen, warm_up=not rows))
+        doubts |= dict.fromkeys(text for text in report["warnings"] if "missed" not in text)
         total = report["latency_ms"]["total"]
         rows.append(
             {
-                "rate": rate,
+                "rate": chosen.rate,
                 "scored": report["runs"],
                 "missed": report["missed"],
                 **{f"{name}_ms": total[name] for name in SHOWN},
@@ -67,8 +71,15 @@ def sweep(
         "seconds": seconds,
         "rates": rows,
         "highest_rate": highest_rate(rows),
-        "environment": around,
+        "full_size_images": report["full_size_images"],
+        "environment": report["environment"],
+        "warnings": list(doubts),
     }
+
+
+def _paced(rate: float, seconds: float, images: Sequence[str]) -> BenchOptions:
+    runs = max(1, round(rate * seconds)) if 0 < rate < _FASTEST else 1
+    return BenchOptions("paced", runs, rate, images=tuple(images))
 
 
 def highest_rate(rows: Sequence[dict[str, Any]]) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -40,6 +41,8 @@ def test_a_sweep_finds_where_frames_are_missed(slow_scorer: Scorer) -> None:
     assert fast["missed"] > 200
     assert fast["scored"] + fast["missed"] == 400
     assert report["highest_rate"] == 10
+    assert report["full_size_images"] in (True, False)
+    assert not any("missed" in text for text in report["warnings"])
     assert slow["p95_ms"] is None  # 20 samples are too few
 
 
@@ -57,9 +60,26 @@ def test_a_missed_frame_below_counts_against_every_rate_above() -> None:
     assert highest_rate(rows[2:]) is None
 
 
-def test_a_second_is_the_least(tiny_bundle: Path) -> None:
-    with open_scorer(tiny_bundle, engine="onnxruntime") as scorer, pytest.raises(UsageError, match=r"--seconds 0\.5"):
-        sweep(scorer, rates=[10], seconds=0.5)
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"rates": [10], "seconds": 0.5}, "--seconds 0.5"),
+        ({"rates": [10], "seconds": float("inf")}, "--seconds inf"),
+        ({"rates": [10, 0]}, "--rate 0 "),
+        ({"rates": [float("inf")]}, "--rate inf"),
+        ({"rates": [float("nan")]}, "--rate nan"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(
+    tiny_bundle: Path, arguments: dict[str, Any], named: str
+) -> None:
+    with open_scorer(tiny_bundle, engine="onnxruntime") as scorer, pytest.raises(UsageError, match=named):
+        sweep(scorer, progress=lambda options: pytest.fail("it began"), **arguments)
+
+
+def test_given_rates_are_measured_as_they_are(tiny_bundle: Path) -> None:
+    with open_scorer(tiny_bundle, engine="onnxruntime") as scorer:
+        assert [row["rate"] for row in sweep(scorer, rates=[29.97], seconds=1)["rates"]] == [29.97]
 
 
 def test_the_plot_has_both_curves_and_marks_what_was_missed() -> None:
