@@ -3,10 +3,10 @@
     python benchmarks/roofline.py part.eab other.eab --rounds 5
     python benchmarks/roofline.py part.eab --precision fp32 --nodes 15
 
-The peak is measured in the same run, and anew in each round: chains of INT8 (or f32) matrix products without anything
-large between them, the best of three shapes. A model's figures are sums over OpenVINO's own counters of single nodes;
-depthwise convolutions have so few products per byte that they are listed apart. Median of the rounds, peak and models
-in turns.
+The peak is measured in the same run, and anew in each round: chains of INT8 (or f32) matrix products and 3x3
+convolutions with nothing large between them, the best of seven shapes. A model's figures are sums over OpenVINO's own
+counters of single nodes; depthwise convolutions have so few products per byte that they are listed apart. Median of the
+rounds, peak and models in turns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from edge_anomaly_runtime.bundle import read_bundle
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.engine_openvino import openvino_core
 
-_SHAPES = ((1024, 2048), (3136, 512), (784, 1024))  # rows, and inputs = outputs, as in backbones and larger
+_PRODUCTS = ((1024, 2048), (3136, 512), (784, 1024))  # rows, and inputs = outputs, as in backbones and larger
+_CONVOLUTIONS = ((128, 56), (256, 28), (512, 14), (512, 28))  # channels and side
 _LAYERS = 8
 _CALLS = 10
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
@@ -67,15 +68,31 @@ def product_chain(rows: int, width: int, *, int8: bool) -> ov.Model:
     return ov.Model([x], [image], "chain")
 
 
+def convolution_chain(channels: int, side: int, *, int8: bool) -> ov.Model:
+    """Return `_LAYERS` 3x3 convolutions of as many channels each, otherwise as `product_chain`."""
+    rng = np.random.default_rng(0)
+    image = ops.parameter([1, channels, side, side], np.float32, name="x")
+    x: ov.Node = image
+    for _ in range(_LAYERS):
+        if int8:
+            x = fake_quantise(x, 256, 0.0, 255.0)
+        weights: ov.Node = ops.constant(rng.integers(-127, 128, (channels, channels, 3, 3)).astype(np.float32))
+        if int8:
+            weights = fake_quantise(weights, 255, -127.0, 127.0)
+        product = ops.convolution(x, weights, [1, 1], [1, 1], [1, 1], [1, 1])
+        x = ops.relu(ops.multiply(product, np.float32(1e-4)))
+    return ov.Model([x], [image], "chain")
+
+
 def fake_quantise(x: ov.Node, levels: int, low: float, high: float) -> ov.Node:
-    ends = [np.full((1, 1), end, np.float32) for end in (low, high, low, high)]
+    ends = [np.float32(end) for end in (low, high, low, high)]
     return ops.fake_quantize(x, *ends, levels)
 
 
 def measured_peak(model: ov.CompiledModel, macs: float) -> float:
     """Return a chain's rate in GMAC/s, by the counters of its products."""
     _, times = profile(model)
-    products = [ms for (_, layer), ms in times.items() if layer.startswith("FullyConnected")]
+    products = [ms for (_, layer), ms in times.items() if layer.startswith(("FullyConnected", "Convolution"))]
     assert len(products) == _LAYERS, times
     return macs / sum(products) / 1e6
 
@@ -187,12 +204,16 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=0, help="also list this many of the slowest nodes")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    int8 = arguments.precision == "int8"
     chains = [
+        (compiled(product_chain(rows, width, int8=int8), arguments.threads), float(_LAYERS * rows * width**2))
+        for rows, width in _PRODUCTS
+    ] + [
         (
-            compiled(product_chain(rows, width, int8=arguments.precision == "int8"), arguments.threads),
-            float(_LAYERS * rows * width**2),
+            compiled(convolution_chain(channels, side, int8=int8), arguments.threads),
+            float(_LAYERS * (3 * channels * side) ** 2),
         )
-        for rows, width in _SHAPES
+        for channels, side in _CONVOLUTIONS
     ]
     models = []
     for path in arguments.bundles:

@@ -142,7 +142,7 @@ class Camera:
 
     def drops(self) -> dict[str, int]:
         """Return the running totals of frames that were not scored, by cause."""
-        drops = dict(self.reader.status().drops)
+        drops = self.reader.drops()
         return {**drops, "skipped": self.skipped} if self.skipped else drops
 
     def look_at_drift(self) -> str:

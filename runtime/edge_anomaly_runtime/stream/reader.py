@@ -199,6 +199,10 @@ class Reader:
                 self._stalls,
             )
 
+    def drops(self) -> dict[str, int]:
+        """Return the frames dropped so far by cause, which is less work than the whole `status`."""
+        return dict(self._box.counts().drops)
+
     def close(self, timeout: float = 1.5) -> None:
         """Stop within `timeout` seconds; a thread that hangs in a driver is left behind and ends when it can."""
         self._stop.set()
