@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 COMMANDS = ["score", "selftest", "drift", "doctor", "export", "evaluate", "compare", "sample-data", "demo"]
 GROUPS = {
-    "bench": ["run", "compare"],
+    "bench": ["run", "compare", "sweep"],
     "bundle": ["info", "verify", "sign", "install", "activate", "rollback", "list"],
     "engine": ["build", "info", "list", "clean"],
     "train": ["padim", "patchcore", "vit-knn", "fastflow", "stpm", "autoencoder", "classifier"],
