@@ -14,7 +14,6 @@ find nothing: there, agreement of scores is all that means anything.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import tempfile
 import time
@@ -24,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from latency import median_ms  # the benchmark beside this one
+from common import OPEN, print_rows  # these two are beside this one
+from latency import median_ms
 
 from edge_anomaly.autoencoder import AutoencoderConfig
 from edge_anomaly.classifier import ClassifierConfig
@@ -41,7 +41,7 @@ from edge_anomaly.stpm import StpmConfig
 from edge_anomaly.train import TrainOptions, train_detector
 from edge_anomaly.train_classifier import ClassifierOptions, train_classifier
 from edge_anomaly.vit_knn import VIT_BASE, VitKnnConfig
-from edge_anomaly_calibration.guard import GuardLimits, auroc, rank_correlation
+from edge_anomaly_calibration.guard import auroc, rank_correlation
 from edge_anomaly_export import trt_check
 from edge_anomaly_export.classifier import export_classifier
 from edge_anomaly_export.exporting import export_run
@@ -58,8 +58,6 @@ LITE = "efficientnet_lite0"
 RESNETS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 HEAVY_LAYERS = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution")
 KEYS = ("openvino/fp32", "openvino/int8", "onnxruntime/int8", "tensorrt/int8")
-# With random weights no image is anomalous: the guard's limits mean nothing, agreement is reported.
-OPEN = GuardLimits(auroc_drop=1.0, flips=1.0, distinct=0.0, accuracy_drop=1.0)
 # As little as possible of everything: what a model has learnt does not matter here.
 QUICK: dict[str, Any] = {
     **{f"padim {name}": PadimConfig(name) for name in (LITE, *RESNETS)},
@@ -303,11 +301,7 @@ def main() -> None:
             rows = (measure_agreement(name, scratch) for name in arguments.model or ("vit-knn",))
         else:
             rows = (measure_memory(scratch) for _ in range(1))
-        for row in rows:
-            print(json.dumps(row), flush=True)
-            if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+        print_rows(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def against_benchmark_app(bundle: Path, rounds: int) -> dict[str, Any]:
             (Path(folder) / Path(name).name).write_bytes(opened.read(name))
         with open_scorer(bundle, engine="openvino") as scorer:
             for _ in track(range(rounds), "rounds", rounds):
-                ours.append(engine_p50(scorer))
+                ours.append(median(engine for _, engine in inferences(scorer, _INFERENCES)))
                 theirs.append(benchmark_app_p50(Path(folder), scorer.session.info.threads))
                 ratios.append(ours[-1] / theirs[-1])
     ratio = median(ratios)
@@ -86,16 +86,17 @@ def against_benchmark_app(bundle: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def engine_p50(scorer: Scorer) -> float:
-    """Return the p50 of the engine's own time, inferences back to back as benchmark_app makes them."""
+def inferences(scorer: Scorer, count: int) -> list[tuple[float, float]]:
+    """Return our time and the engine's own of each inference in ms, back to back as benchmark_app makes them."""
     session = scorer.session
     assert isinstance(session, OpenVinoSession)
     inputs = np.random.default_rng(0).integers(0, 256, (8, *input_shape(scorer)), dtype=np.uint8)
     samples = []
-    for index in range(_INFERENCES + 50):
+    for index in range(count + 50):
+        start = perf_counter()
         session.run(inputs[index % 8][np.newaxis])
-        samples.append(session.engine_ms)
-    return median(samples[50:])
+        samples.append(((perf_counter() - start) * 1e3, session.engine_ms))
+    return samples[50:]
 
 
 def benchmark_app_p50(folder: Path, threads: int) -> float:
@@ -122,16 +123,7 @@ def benchmark_app_p50(folder: Path, threads: int) -> float:
 def overhead(bundle: Path, runs: int) -> dict[str, Any]:
     """Return what a call of ours adds to the engine's own time, and what a frame adds to decode, resize and infer."""
     with open_scorer(bundle, engine="openvino") as scorer:
-        session = scorer.session
-        assert isinstance(session, OpenVinoSession)
-        inputs = np.random.default_rng(0).integers(0, 256, (8, *input_shape(scorer)), dtype=np.uint8)
-        for index in range(50):
-            session.run(inputs[index % 8][np.newaxis])
-        calls = []
-        for index in range(runs):
-            start = perf_counter()
-            session.run(inputs[index % 8][np.newaxis])
-            calls.append((perf_counter() - start) * 1e3 - session.engine_ms)
+        calls = [whole - engine for whole, engine in inferences(scorer, runs)]
         frames = [
             rest_of(lambda image=image: scorer.score_image(image))
             for image in pictures(scorer)

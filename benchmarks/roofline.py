@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -53,33 +53,20 @@ def compiled(model: ov.Model, threads: int) -> ov.CompiledModel:
     return openvino_core().compile_model(model, "CPU", {**settings, "PERF_COUNT": "YES"})
 
 
-def product_chain(rows: int, width: int, *, int8: bool) -> ov.Model:
-    """Return `_LAYERS` products of [rows, width] with [width, width], each followed by ReLU and, if INT8, rounding."""
+def chain(inputs: Sequence[int], weights: Sequence[int], *, int8: bool) -> ov.Model:
+    """Return `_LAYERS` products of one shape, each followed by ReLU and, if INT8, rounding.
+
+    Weights of four dimensions make 3x3 convolutions, of two matrix products.
+    """
     rng = np.random.default_rng(0)
-    image = ops.parameter([rows, width], np.float32, name="x")
+    image = ops.parameter(list(inputs), np.float32, name="x")
     x: ov.Node = image
     for _ in range(_LAYERS):
+        factor: ov.Node = ops.constant(rng.integers(-127, 128, weights).astype(np.float32))
         if int8:
-            x = fake_quantise(x, 256, 0.0, 255.0)
-        weights: ov.Node = ops.constant(rng.integers(-127, 128, (width, width)).astype(np.float32))
-        if int8:
-            weights = fake_quantise(weights, 255, -127.0, 127.0)
-        x = ops.relu(ops.multiply(ops.matmul(x, weights, False, True), np.float32(1e-4)))
-    return ov.Model([x], [image], "chain")
-
-
-def convolution_chain(channels: int, side: int, *, int8: bool) -> ov.Model:
-    """Return `_LAYERS` 3x3 convolutions of as many channels each, otherwise as `product_chain`."""
-    rng = np.random.default_rng(0)
-    image = ops.parameter([1, channels, side, side], np.float32, name="x")
-    x: ov.Node = image
-    for _ in range(_LAYERS):
-        if int8:
-            x = fake_quantise(x, 256, 0.0, 255.0)
-        weights: ov.Node = ops.constant(rng.integers(-127, 128, (channels, channels, 3, 3)).astype(np.float32))
-        if int8:
-            weights = fake_quantise(weights, 255, -127.0, 127.0)
-        product = ops.convolution(x, weights, [1, 1], [1, 1], [1, 1], [1, 1])
+            x, factor = fake_quantise(x, 256, 0.0, 255.0), fake_quantise(factor, 255, -127.0, 127.0)
+        is_convolution = len(weights) == 4
+        product = ops.convolution(x, factor, *[[1, 1]] * 4) if is_convolution else ops.matmul(x, factor, False, True)
         x = ops.relu(ops.multiply(product, np.float32(1e-4)))
     return ov.Model([x], [image], "chain")
 
@@ -205,28 +192,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     int8 = arguments.precision == "int8"
+    shapes: list[tuple[Sequence[int], Sequence[int], int]]
+    shapes = [((rows, width), (width, width), rows * width**2) for rows, width in _PRODUCTS]
+    shapes += [((1, n, side, side), (n, n, 3, 3), (3 * n * side) ** 2) for n, side in _CONVOLUTIONS]
     chains = [
-        (compiled(product_chain(rows, width, int8=int8), arguments.threads), float(_LAYERS * rows * width**2))
-        for rows, width in _PRODUCTS
-    ] + [
-        (
-            compiled(convolution_chain(channels, side, int8=int8), arguments.threads),
-            float(_LAYERS * (3 * channels * side) ** 2),
-        )
-        for channels, side in _CONVOLUTIONS
+        (compiled(chain(inputs, weights, int8=int8), arguments.threads), float(_LAYERS * macs))
+        for inputs, weights, macs in shapes
     ]
-    models = []
+    models, core = [], openvino_core()
     for path in arguments.bundles:
         bundle = read_bundle(path)
         graph = bundle.manifest.graphs[f"openvino/{arguments.precision}"]
-        weights = bundle.read(str(Path(graph).with_suffix(".bin"))) if graph.endswith(".xml") else None
-        core = openvino_core()
-        model = core.read_model(bundle.read(graph), weights) if weights else core.read_model(bundle.read(graph))
+        binary = bundle.read(str(Path(graph).with_suffix(".bin"))) if graph.endswith(".xml") else None
+        model = core.read_model(bundle.read(graph), binary) if binary else core.read_model(bundle.read(graph))
         models.append((str(path), compiled(model, arguments.threads), products_of(model)))
     peaks: list[float] = []
     rounds: dict[str, list[tuple[list[Node], float]]] = {name: [] for name, _, _ in models}
     for _ in range(arguments.rounds):
-        peaks.append(max(measured_peak(chain, macs) for chain, macs in chains))
+        peaks.append(max(measured_peak(one, macs) for one, macs in chains))
         for name, model, products in models:
             rounds[name].append(nodes_of(model, products))
     rows = []

@@ -98,7 +98,7 @@ def load_run(path: Path) -> Run:
         return Run(
             path=path,
             config=config_from_record(record["model"], record["config"]),
-            preprocess=Preprocess(**{**record["preprocess"], "roi": tuple(record["preprocess"]["roi"])}),
+            preprocess=preprocess_of(record["preprocess"]),
             fit=tuple(map(Path, record["fit"])),
             holdout=tuple(map(Path, record["holdout"])),
             test=tuple(Item(Path(row["path"]), row["label"], _path(row["mask"])) for row in record["test"]),
@@ -114,6 +114,15 @@ def load_run(path: Path) -> Run:
         raise ArtefactError(f"{path} is not a finished run: it has no {RECORD}.", "Train it again.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path / RECORD} is damaged: {error}.", "Train it again.") from error
+
+
+def preprocess_of(record: Mapping[str, Any]) -> Preprocess:
+    """Return the preprocessing that a run's JSON holds.
+
+    Raises:
+        KeyError, TypeError, UsageError: the record is damaged, or of a later version.
+    """
+    return Preprocess(**{**record, "roi": tuple(record["roi"])})
 
 
 def load_model(run: Run) -> nn.Module:

@@ -27,7 +27,7 @@ from .classifier import (
     open_class_data,
     predict,
 )
-from .runs import RECORD, SCHEMA, load_weights, package_versions, write_run
+from .runs import RECORD, SCHEMA, load_weights, package_versions, preprocess_of, write_run
 from .train import is_first_process, keep_logs, quiet_unless_first_process, working_folder
 from .training import FitSession
 
@@ -165,8 +165,7 @@ def load_classifier(path: Path) -> tuple[ClassifierRun, Classifier]:
         kept = {name: record[name] for name in ("source", "validation", "data", "figures", "versions", "seconds")}
         # A run without it was made with the first version.
         first = {"height": config.image_size, "width": config.image_size, "roi": WHOLE_IMAGE, "version": 1}
-        given = record.get("preprocess", first)
-        spec = Preprocess(**{**given, "roi": tuple(given["roi"])})
+        spec = preprocess_of(record.get("preprocess", first))
         run = ClassifierRun(path=path, config=config, preprocess=spec, **kept)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path / RECORD} is damaged: {error}.", "Train it again.") from error

@@ -11,14 +11,15 @@ calls, with that many latencies of its inferencer, so that the two sides can tak
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 LITE = "tf_efficientnet_lite0"
 LAYERS = {LITE: ["blocks.1", "blocks.2", "blocks.4"], "resnet18": ["layer1", "layer2", "layer3"]}
@@ -29,7 +30,7 @@ NORMALISATION = {
 }
 
 
-def given_weights(path: Path) -> contextlib.AbstractContextManager[None]:
+def given_weights(path: Path) -> AbstractContextManager[Any]:
     """Let timm take the weights that it would download from a file."""
     import timm
     import torch
@@ -46,15 +47,7 @@ def given_weights(path: Path) -> contextlib.AbstractContextManager[None]:
             network.load_state_dict({key: state[key] for key in own}, strict=False)
         return network
 
-    @contextlib.contextmanager
-    def patched() -> Any:
-        timm.create_model = created
-        try:
-            yield
-        finally:
-            timm.create_model = create
-
-    return patched()
+    return patch.object(timm, "create_model", created)
 
 
 def model_of(arguments: argparse.Namespace) -> Any:

@@ -31,8 +31,14 @@ from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
+import openvino as ov
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks beside this folder
+
+from common import OPEN, print_rows
+
+from edge_anomaly_calibration.guard import GuardLimits
 from edge_anomaly_runtime.bundle import read_bundle
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.engine_openvino import openvino_core
@@ -128,7 +134,6 @@ def build_ours(work: Path, name: str, case: Case) -> None:
     from edge_anomaly.runs import load_run
     from edge_anomaly.stpm import StpmConfig
     from edge_anomaly.train import TrainOptions, train_detector
-    from edge_anomaly_calibration.guard import GuardLimits
     from edge_anomaly_export.exporting import export_run
     from edge_anomaly_export.options import ExportOptions
     from edge_anomaly_runtime.preprocess import Preprocess
@@ -156,8 +161,7 @@ def build_ours(work: Path, name: str, case: Case) -> None:
             options=TrainOptions(force=True),
         )
     # With random weights no image is anomalous: the guard would float tensors for nothing.
-    limits = GuardLimits(auroc_drop=1.0, flips=1.0, distinct=0.0, accuracy_drop=1.0) if is_random else GuardLimits()
-    options = ExportOptions(("openvino",), "int8", limits=limits, force=True)
+    options = ExportOptions(("openvino",), "int8", limits=OPEN if is_random else GuardLimits(), force=True)
     export_run(run, bundle, options)
 
 
@@ -167,9 +171,9 @@ def build_ours(work: Path, name: str, case: Case) -> None:
 def graphs(work: Path, names: list[str], rounds: int) -> Iterator[dict[str, Any]]:
     """Time our INT8 graph and anomalib's in f32, bf16 and int8_ptq; nothing around them is measured."""
     for name in names:
-        calls = {"ours int8": ours(work, name)}
+        calls = {"ours int8": caller(ours_compiled(work, name))}
         for label, (variant, precision) in PEER_VARIANTS.items():
-            calls[label] = theirs(work, name, variant, precision)
+            calls[label] = caller(theirs_compiled(work, name, variant, precision))
         samples = in_turns(calls, rounds)
         p50 = {label: median(values) for label, values in samples.items()}
         ratios = {
@@ -190,30 +194,34 @@ def graphs(work: Path, names: list[str], rounds: int) -> Iterator[dict[str, Any]
 PEER_VARIANTS = {"f32": ("f32", "f32"), "bf16": ("f32", "bf16"), "int8_ptq": ("int8_ptq", "f32")}
 
 
-def ours(work: Path, name: str) -> Callable[[], None]:
-    bundle = read_bundle(work / f"{name}.eab")
-    return caller(bundle.read("openvino/model.xml"), bundle.read("openvino/model.bin"), "f32")
-
-
-def theirs(work: Path, name: str, variant: str, precision: str) -> Callable[[], None]:
-    xml = xml_of(work, name, variant)
-    return caller(xml.read_bytes(), xml.with_suffix(".bin").read_bytes(), precision)
-
-
 def xml_of(work: Path, name: str, variant: str) -> Path:
     return work / json.loads((work / name / "done.json").read_text())[variant]
 
 
-def caller(xml: bytes, weights: bytes, precision: str) -> Callable[[], None]:
-    """Return one call of a graph on fixed pixels, without copies."""
+def ours_compiled(work: Path, name: str) -> ov.CompiledModel:
+    bundle = read_bundle(work / f"{name}.eab")
+    return compiled(bundle.read("openvino/model.xml"), bundle.read("openvino/model.bin"), "f32")
+
+
+def theirs_compiled(work: Path, name: str, variant: str, precision: str) -> ov.CompiledModel:
+    xml = xml_of(work, name, variant)
+    return compiled(xml.read_bytes(), xml.with_suffix(".bin").read_bytes(), precision)
+
+
+def compiled(xml: bytes, weights: bytes, precision: str) -> ov.CompiledModel:
+    """Return a graph compiled alike for both sides: for latency, on all CPUs."""
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": usable_cpus(),
     }
-    compiled = openvino_core().compile_model(openvino_core().read_model(xml, weights), "CPU", settings)
-    request = compiled.create_infer_request()
-    port = compiled.inputs[0]
+    return openvino_core().compile_model(openvino_core().read_model(xml, weights), "CPU", settings)
+
+
+def caller(model: ov.CompiledModel) -> Callable[[], None]:
+    """Return one call of a graph on fixed pixels, without copies."""
+    request = model.create_infer_request()
+    port = model.inputs[0]
     pixels = np.random.default_rng(0).integers(0, 256, tuple(port.shape), dtype=np.uint8)
     is_float = port.element_type.to_dtype() != np.uint8
     request.get_input_tensor().data[:] = pixels / np.float32(255) if is_float else pixels
@@ -295,13 +303,7 @@ def photos(work: Path, names: list[str], rounds: int) -> Iterator[dict[str, Any]
 
 def plain_loop(work: Path, name: str, photo: Path) -> Callable[[], None]:
     """Return what a careful engineer would write by hand for the same graph, for this one machine."""
-    bundle = read_bundle(work / f"{name}.eab")
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    core = openvino_core()
-    model = core.read_model(bundle.read("openvino/model.xml"), bundle.read("openvino/model.bin"))
-    request = core.compile_model(
-        model, "CPU", {**settings, "INFERENCE_NUM_THREADS": usable_cpus()}
-    ).create_infer_request()
+    request = ours_compiled(work, name).create_infer_request()
     size = CASES[name].size
 
     def call() -> None:
@@ -376,13 +378,7 @@ def start(work: Path, names: list[str], rounds: int) -> Iterator[dict[str, Any]]
             for label, command in commands.items():
                 began = perf_counter()
                 cwd = work if label == "ours" else work / name
-                done = subprocess.run(
-                    list(map(str, command)),
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                    cwd=cwd,
-                )
+                done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, cwd=cwd)
                 rows[label].append({"whole_s": perf_counter() - began, **json.loads(done.stdout)})
         yield {
             "case": name,
@@ -417,10 +413,8 @@ def accuracy(work: Path, names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def peer_scores(work: Path, name: str, variant: str, precision: str, paths: list[Path]) -> Any:
-    xml, size = xml_of(work, name, variant), CASES[name].size
-    core = openvino_core()
-    compiled = core.compile_model(core.read_model(xml), "CPU", {"INFERENCE_PRECISION_HINT": precision})
-    request = compiled.create_infer_request()
+    size = CASES[name].size
+    request = theirs_compiled(work, name, variant, precision).create_infer_request()
     scores = []
     for path in paths:
         # As its training saw them: resized with antialiasing, bytes divided by 255.
@@ -448,11 +442,7 @@ def main() -> None:
         "start": lambda: start(work, names, arguments.rounds),
         "accuracy": lambda: accuracy(work, names),
     }[arguments.what]()
-    for row in rows:
-        print(json.dumps(row), flush=True)
-        if arguments.json:
-            with arguments.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    print_rows(rows, arguments.json)
 
 
 if __name__ == "__main__":

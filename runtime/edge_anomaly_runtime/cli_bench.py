@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from .bench.gates import Gate
     from .scoring import Scorer
 
+ImagesOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATH", help="Real images in place of the bundle's golden ones. Repeatable."),
+]
+
 
 class _MeasureByDefault(TyperGroup):
     """`bench BUNDLE` means `bench run BUNDLE`."""
@@ -57,10 +62,7 @@ def run_(
     ] = "single",
     rate: Annotated[float | None, typer.Option(metavar="FPS", help="paced: frames a second.")] = None,
     streams: Annotated[int, typer.Option(help="multi: cameras.")] = 1,
-    images: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH", help="Real images in place of the bundle's golden ones. Repeatable."),
-    ] = None,
+    images: ImagesOption = None,
     runs: Annotated[int, typer.Option(help="Images (multi: rounds); p99 needs 662, p99.9 needs 6636.")] = 700,
     warm_up: Annotated[
         bool, typer.Option(help="Call until times no longer fall, for 1 to 10 s, before it counts.")
@@ -183,10 +185,7 @@ def sweep(
         typer.Option(metavar="FPS", help="Frames a second; without it, 10 to 115 % of what is possible. Repeatable."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="For each rate.")] = 10.0,
-    images: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH", help="Real images in place of the bundle's golden ones. Repeatable."),
-    ] = None,
+    images: ImagesOption = None,
     as_json: JsonOption = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write pace against latency as SVG.")] = None,
 ) -> None:
