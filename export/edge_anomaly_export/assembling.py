@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import onnx
 
 from edge_anomaly.prediction import Pixels
+from edge_anomaly_calibration.bank import BANK, has_int8_bank, with_int8_bank
 from edge_anomaly_calibration.quantize import is_transformer
 from edge_anomaly_runtime.bundle import ParityRow
 from edge_anomaly_runtime.cpu import int8_instructions, usable_cpus
@@ -164,6 +165,8 @@ class Assembly:
         left_float: tuple[str, ...] = ()
         while True:
             model = finish(quantiser.emit(family, left_float), simulate)
+            if family == CPU and BANK not in left_float:
+                model = with_int8_bank(model)
             if family == TENSORRT:
                 key = "tensorrt/int8"
                 self.models[name], self.files[name], self.keys[key] = model, model.SerializeToString(), name
@@ -176,7 +179,8 @@ class Assembly:
                 self.float_tensors[name] = left_float
             if not failures:
                 return
-            rest = [tensor for tensor in quantiser.most_damaging(family) if tensor not in left_float]
+            damaging = [BANK] if has_int8_bank(model) else quantiser.most_damaging(family)
+            rest = [tensor for tensor in damaging if tensor not in left_float]
             if not rest or len(left_float) == _MOST_FLOAT:
                 say(f"{name}: over the limit with {len(left_float)} tensors left float, too; giving up")
                 return

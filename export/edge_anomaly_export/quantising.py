@@ -18,6 +18,7 @@ from torch import nn
 
 from edge_anomaly.detectors import DETECTORS
 from edge_anomaly.runs import RECORD, Run, load_run
+from edge_anomaly_calibration.bank import bank_search
 from edge_anomaly_calibration.equalize import equalize_channels
 from edge_anomaly_calibration.qdq_graph import HEAD_PREFIX, quantized_share, with_float_tensors
 from edge_anomaly_calibration.quantize import (
@@ -116,7 +117,8 @@ def open_quantiser(
         ranges = Path(shutil.copy(kept, Path(scratch) / "ranges.json"))
         quantiser = Quantiser(model, rounded, ranges, images)
         share = quantized_share(quantiser.emit(CPU))
-        say(f"{share:.0%} of the backbone's convolutions and matrix products are INT8; the head stays float")
+        head = "the head stays float" if bank_search(model) is None else "so is the search of the bank on CPUs"
+        say(f"{share:.0%} of the backbone's convolutions and matrix products are INT8; {head}")
         yield quantiser
 
 

@@ -82,6 +82,9 @@ def peak_rss_mb() -> float | None:
     """Return the largest resident memory of this process so far, in MB (10^6 bytes); None on Windows."""
     if sys.platform == "win32":
         return None
+    if sys.platform == "linux":  # ru_maxrss would count what the parent had when it forked this process
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next((round(int(line.split()[1]) * 1024 / 1e6, 1) for line in status if line.startswith("VmHWM")), None)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edge_anomaly_runtime.bench.environment import (
@@ -74,3 +77,11 @@ def test_temperatures_by_zone(tmp_path: Path) -> None:
 def test_memory_and_reference_work_are_measured() -> None:
     assert (peak_rss_mb() or 0) > 20
     assert 0.01 < reference_ms() < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the parent's memory counts")
+def test_memory_of_the_parent_is_not_counted() -> None:
+    mine = np.ones(40_000_000)  # 320 MB, touched
+    command = "from edge_anomaly_runtime.bench.environment import peak_rss_mb; print(peak_rss_mb())"
+    child = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
+    assert (peak_rss_mb() or 0) > mine.nbytes / 1e6 > float(child.stdout)
