@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-BANK = "head.bank"
+_BANK = "head.bank"
 _SQUARES = "head.bank_squares"
 _VECTORS_AXIS = "head.vectors_axis"
 _ROUNDED = "head/bank/DequantizeLinear:out"
@@ -24,12 +24,7 @@ _HEADROOM = 2.0
 
 def bank_search(model: onnx.ModelProto) -> onnx.NodeProto | None:
     """Return PatchCore's convolution with its bank, if the graph has one and it is float."""
-    return next((node for node in model.graph.node if node.op_type == "Conv" and node.input[1] == BANK), None)
-
-
-def has_int8_bank(model: onnx.ModelProto) -> bool:
-    """Tell whether the graph searches its bank in INT8."""
-    return any(value.name == BANK and value.data_type == onnx.TensorProto.INT8 for value in model.graph.initializer)
+    return next((node for node in model.graph.node if node.op_type == "Conv" and node.input[1] == _BANK), None)
 
 
 def with_int8_bank(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -44,7 +39,7 @@ def with_int8_bank(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     graph = onnx.ModelProto()
     graph.CopyFrom(model)
-    bank = -0.5 * next(numpy_helper.to_array(v)[:, :, 0, 0] for v in model.graph.initializer if v.name == BANK)
+    bank = -0.5 * next(numpy_helper.to_array(v)[:, :, 0, 0] for v in model.graph.initializer if v.name == _BANK)
     reach = np.float32(max(_HEADROOM * np.abs(bank).max(initial=0), np.finfo(np.float32).tiny * _LEVELS))
     steps = np.maximum(np.abs(bank).max(axis=1) / _LEVELS, np.finfo(np.float32).tiny).astype(np.float32)
     rounded = np.rint(bank / steps[:, np.newaxis]).astype(np.int8)
@@ -54,7 +49,7 @@ def with_int8_bank(model: onnx.ModelProto) -> onnx.ModelProto:
         "head.reach_high": reach,
         "head.step": np.float32(reach / _LEVELS),
         "head.zero": np.int8(0),
-        BANK: np.ascontiguousarray(rounded.T),
+        _BANK: np.ascontiguousarray(rounded.T),
         "head.bank_steps": -2 * steps,
         "head.bank_zeros": np.zeros(len(bank), dtype=np.int8),
         _SQUARES: lengths.astype(np.float32),
@@ -70,7 +65,7 @@ def with_int8_bank(model: onnx.ModelProto) -> onnx.ModelProto:
         _node("QuantizeLinear", ["head/bank/Clip:out", *step], "head/bank/QuantizeLinear"),
         _node("DequantizeLinear", ["head/bank/QuantizeLinear:out", *step], "head/bank/DequantizeLinear"),
         _node("Transpose", [_ROUNDED], "head/bank/Transpose", perm=[0, 2, 3, 1]),
-        _node("DequantizeLinear", [BANK, "head.bank_steps", "head.bank_zeros"], "head/bank/vectors", axis=1),
+        _node("DequantizeLinear", [_BANK, "head.bank_steps", "head.bank_zeros"], "head/bank/vectors", axis=1),
         _node("MatMul", ["head/bank/Transpose:out", "head/bank/vectors:out"], "head/bank/MatMul"),
         _node("Add", ["head/bank/MatMul:out", _SQUARES], "head/bank/Add"),
         _minimum_over_vectors(graph, "head/bank/Add:out", minimum.output[0]),

@@ -21,6 +21,11 @@ def head_nodes(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.name.startswith(HEAD_PREFIX)]
 
 
+def has_int8_head(model: onnx.ModelProto) -> bool:
+    """Tell whether a part of the head is INT8."""
+    return any(node.op_type == "QuantizeLinear" and node.name.startswith(HEAD_PREFIX) for node in model.graph.node)
+
+
 def quantized_share(model: onnx.ModelProto) -> float:
     """Return the share of the backbone's convolutions and matrix products whose input is dequantised INT8."""
     dequantised = {output for node in model.graph.node if node.op_type == "DequantizeLinear" for output in node.output}

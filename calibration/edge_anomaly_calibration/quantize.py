@@ -1,6 +1,7 @@
 """INT8 by explicit quantise/dequantise nodes: ranges are measured once, each target's file is emitted from them.
 
-Only the backbone is quantised. A quantised head clips at what normal images reach, so that every image scores alike.
+Only the backbone is quantised here; what of a head bears INT8 follows once it is fitted again (`bank`, `subnets`). A
+head quantised as a whole clips at what normal images reach, so that every anomaly scores alike.
 """
 
 from __future__ import annotations

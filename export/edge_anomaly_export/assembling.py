@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import onnx
 
 from edge_anomaly.prediction import Pixels
-from edge_anomaly_calibration.bank import BANK, has_int8_bank, with_int8_bank
+from edge_anomaly_calibration.qdq_graph import has_int8_head
 from edge_anomaly_calibration.quantize import is_transformer
 from edge_anomaly_runtime.bundle import ParityRow
 from edge_anomaly_runtime.cpu import int8_instructions, usable_cpus
@@ -33,6 +33,8 @@ IR_XML, IR_BIN = "openvino/model.xml", "openvino/model.bin"
 
 # Over the guard's limit, so many tensors may be left float before the export gives up.
 _MOST_FLOAT = 8
+# Stands for all of the head among the tensors that are left float.
+_HEAD = "head"
 
 
 class Judge(Protocol):
@@ -165,8 +167,8 @@ class Assembly:
         left_float: tuple[str, ...] = ()
         while True:
             model = finish(quantiser.emit(family, left_float), simulate)
-            if family == CPU and BANK not in left_float:
-                model = with_int8_bank(model)
+            if family == CPU and _HEAD not in left_float:
+                model = quantiser.with_int8_head(model)
             if family == TENSORRT:
                 key = "tensorrt/int8"
                 self.models[name], self.files[name], self.keys[key] = model, model.SerializeToString(), name
@@ -179,7 +181,7 @@ class Assembly:
                 self.float_tensors[name] = left_float
             if not failures:
                 return
-            damaging = [BANK] if has_int8_bank(model) else quantiser.most_damaging(family)
+            damaging = [_HEAD] if has_int8_head(model) else quantiser.most_damaging(family)
             rest = [tensor for tensor in damaging if tensor not in left_float]
             if not rest or len(left_float) == _MOST_FLOAT:
                 say(f"{name}: over the limit with {len(left_float)} tensors left float, too; giving up")

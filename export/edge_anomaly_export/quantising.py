@@ -18,7 +18,7 @@ from torch import nn
 
 from edge_anomaly.detectors import DETECTORS
 from edge_anomaly.runs import RECORD, Run, load_run
-from edge_anomaly_calibration.bank import bank_search
+from edge_anomaly_calibration.bank import with_int8_bank
 from edge_anomaly_calibration.equalize import equalize_channels
 from edge_anomaly_calibration.qdq_graph import HEAD_PREFIX, quantized_share, with_float_tensors
 from edge_anomaly_calibration.quantize import (
@@ -32,6 +32,7 @@ from edge_anomaly_calibration.quantize import (
 from edge_anomaly_calibration.rounding import round_weights
 from edge_anomaly_calibration.selection import CalibrationImages, StratifiedImages, choose_calibration_images
 from edge_anomaly_calibration.sensitivity import tensor_gains
+from edge_anomaly_calibration.subnets import with_int8_subnets
 from edge_anomaly_runtime.bundle import Calibration
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
@@ -68,6 +69,13 @@ class Quantiser:
         if family not in self._emitted:
             self._emitted[family] = _EMITTERS[family](self.float_file, self.ranges)
         return with_float_tensors(self._emitted[family], self.float_model, float_tensors)
+
+    def with_int8_head(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """Return a fitted graph for CPUs with what of its head bears INT8: the search of a bank, the subnets of flows.
+
+        Everything else in a head stays float: it clips at what normal images reach, so that every anomaly scores alike.
+        """
+        return with_int8_subnets(with_int8_bank(model), track(self.images, "subnets", self.images.count))
 
     def most_damaging(self, family: str) -> list[str]:
         """Return the tensors of an INT8 graph whose rounding costs signal, worst first."""
@@ -117,8 +125,7 @@ def open_quantiser(
         ranges = Path(shutil.copy(kept, Path(scratch) / "ranges.json"))
         quantiser = Quantiser(model, rounded, ranges, images)
         share = quantized_share(quantiser.emit(CPU))
-        head = "the head stays float" if bank_search(model) is None else "so is the search of the bank on CPUs"
-        say(f"{share:.0%} of the backbone's convolutions and matrix products are INT8; {head}")
+        say(f"{share:.0%} of the backbone's convolutions and matrix products are INT8")
         yield quantiser
 
 

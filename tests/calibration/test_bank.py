@@ -13,8 +13,9 @@ import torch
 from onnx import numpy_helper
 
 from edge_anomaly.patchcore import PatchcoreConfig, build, refit
-from edge_anomaly_calibration.bank import bank_search, has_int8_bank, with_int8_bank
+from edge_anomaly_calibration.bank import bank_search, with_int8_bank
 from edge_anomaly_calibration.onnx_graph import with_outputs
+from edge_anomaly_calibration.qdq_graph import has_int8_head
 from edge_anomaly_export.graph import onnx_from_detector
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
 from edge_anomaly_runtime.engine_openvino import open_openvino, openvino_core
@@ -104,7 +105,7 @@ def product_precision(model: onnx.ModelProto) -> str:
 
 def test_the_bank_is_stored_in_a_quarter(float_graph: onnx.ModelProto) -> None:
     graph = with_int8_bank(float_graph)
-    assert has_int8_bank(graph) and not has_int8_bank(float_graph)
+    assert has_int8_head(graph) and not has_int8_head(float_graph)
     assert bank_search(graph) is None
     saved = len(float_graph.SerializeToString()) - len(graph.SerializeToString())
     assert saved > 0.6 * constant(float_graph, "head.bank").size * 4
