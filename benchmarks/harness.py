@@ -54,12 +54,14 @@ def equals_and_slower(bundle: Path, trials: int) -> dict[str, Any]:
             while perf_counter() < end:
                 pass
 
-        flagged = sum(compare(plain, plain, seed=seed).is_slower for seed in track(range(trials), "equals", trials))
-        found = sum(compare(plain, slower, seed=seed).is_slower for seed in track(range(trials), "slower", trials))
+        equals = [compare(plain, plain, seed=seed) for seed in track(range(trials), "equals", trials)]
+        planted = [compare(plain, slower, seed=seed) for seed in track(range(trials), "slower", trials)]
+    flagged, found = sum(one.is_slower for one in equals), sum(one.is_slower for one in planted)
     return {
         "trials": trials,
         "equals_flagged": flagged,
         "planted_found": found,
+        "planted_missed": [{"ratio": one.ratio, "noise": one.noise} for one in planted if not one.is_slower],
         "ok": flagged <= 0.02 * trials and found >= 0.95 * trials,
     }
 
