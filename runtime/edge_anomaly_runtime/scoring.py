@@ -14,7 +14,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from .bundle import CLASSIFIER, Bundle, Thresholds, read_bundle
-from .engine_tensorrt import TensorrtSession
 from .errors import ImageError, UsageError
 from .images import load_image
 from .preprocess import content_area, full_size, preprocess
@@ -217,8 +216,8 @@ def open_scorer(
 
 def scorer_of(bundle: Bundle, session: Session, engine: str, precision: str, reasons: tuple[str, ...]) -> Scorer:
     """Return a scorer for a loaded graph, as `open_session` returns it."""
-    # A TensorRT engine has limits of its own, set on the device that built it.
-    own = session.thresholds if isinstance(session, TensorrtSession) else None
+    # Only a TensorRT engine has limits of its own, set on the device that built it. Others need not load its module.
+    own: Thresholds | None = getattr(session, "thresholds", None)
     return Scorer(bundle, session, engine=engine, precision=precision, reasons=reasons, thresholds=own)
 
 
