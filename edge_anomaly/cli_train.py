@@ -261,6 +261,10 @@ def stpm(
     resize: ResizeOption = "squash",
     roi: RoiOption = "0,0,1,1",
     layers: LayersOption = None,
+    shared_layer: Annotated[
+        str | None,
+        typer.Option(help="The student has the teacher's layers up to this one, or none. Default: the model's."),
+    ] = None,
     combine: Annotated[str | None, typer.Option(help="product or sum of the layers' maps.")] = None,
     epochs: EpochsOption = None,
     batch_size: BatchOption = None,
@@ -286,9 +290,11 @@ def stpm(
     from .train import TrainOptions
 
     _check_backbone(backbone)
+    shared = {"shared_layer": None} if shared_layer == "none" else _given(shared_layer=shared_layer)
     config = StpmConfig(
         backbone=backbone,
         seed=seed,
+        **shared,
         **_given(
             layers=_parse_layers(layers),
             combine=combine,

@@ -75,6 +75,10 @@ DETECTORS: dict[str, Detector] = {
 }
 
 
+# What a run was trained with that is older than a setting, where the setting's default is another by now.
+_BEFORE: dict[str, dict[str, Any]] = {"stpm": {"shared_layer": None}}
+
+
 def kind_of(config: Any) -> str:
     """Return the name of the detector that a config belongs to."""
     return next(kind for kind, detector in DETECTORS.items() if isinstance(config, detector.config))
@@ -89,7 +93,8 @@ def config_from_record(kind: str, record: dict[str, Any]) -> Any:
     """
     if kind not in DETECTORS:
         raise ArtefactError(f"There is no detector {kind!r} in this version.", "Use the version that trained it.")
-    return DETECTORS[kind].config(**{name: _tuples(value) for name, value in record.items()})
+    settings = {**_BEFORE.get(kind, {}), **record}
+    return DETECTORS[kind].config(**{name: _tuples(value) for name, value in settings.items()})
 
 
 def _tuples(value: Any) -> Any:

@@ -37,6 +37,11 @@ DEFAULT_LAYERS = {
     "efficientnet_lite0": ("layer2", "layer3"),
 }
 
+# Edges and colours are those of every picture: learning them anew only takes time. On the monocrystalline cells the
+# student that shares them is better by 0.018 in AUROC (one seed). Not tried on the ResNets, whose layer1 is compared.
+DEFAULT_SHARED = {"efficientnet_lite0": "layer1"}
+BY_BACKBONE = "default"
+
 MIN_IMAGES = 10
 ADVISED_IMAGES = 100
 
@@ -54,6 +59,8 @@ class StpmConfig:
     """Everything that decides an STPM model apart from its images.
 
     layers: the layers whose features are compared; None is the backbone's default.
+    shared_layer: the student has the teacher's layers up to this one and learns those above; None learns all,
+        `default` is the backbone's default where that is below all `layers`.
     combine: `product` marks places where all layers differ, `sum` those where any does.
     map_layer: the map has this layer's grid; it need not be one of `layers`.
     smoothing: standard deviation of the Gaussian blur of the map, in cells of its grid; 0 for none.
@@ -64,6 +71,7 @@ class StpmConfig:
 
     backbone: str = "resnet18"
     layers: tuple[str, ...] | None = None
+    shared_layer: str | None = BY_BACKBONE
     combine: CombineKind = "product"
     map_layer: str = "layer2"
     smoothing: float = 0.5
@@ -76,9 +84,15 @@ class StpmConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_layers(self.backbone, (*(self.layers or ()), self.map_layer))
+        shared = () if self.shared_layer in (None, BY_BACKBONE) else (str(self.shared_layer),)
+        check_layers(self.backbone, (*(self.layers or ()), self.map_layer, *shared))
         if not self.used_layers or len(set(self.used_layers)) < len(self.used_layers):
             raise UsageError(f"The layers {self.used_layers} are not possible.", "Name one or more, each once.")
+        if self.used_shared is not None and self.used_shared >= min(self.used_layers):
+            raise UsageError(
+                f"A student that has the teacher's {self.used_shared} cannot differ at {min(self.used_layers)}.",
+                "Share a layer below all that are compared, or compare others with --layer.",
+            )
         if self.combine not in get_args(CombineKind):
             raise did_you_mean("combination", self.combine, list(get_args(CombineKind)))
         if not 0 <= self.smoothing < math.inf or self.top_k < 1:
@@ -103,6 +117,14 @@ class StpmConfig:
         """The layers whose features are compared."""
         return DEFAULT_LAYERS[self.backbone] if self.layers is None else self.layers
 
+    @property
+    def used_shared(self) -> str | None:
+        """The layer up to which the student is the teacher; None where it learns all."""
+        if self.shared_layer != BY_BACKBONE:
+            return self.shared_layer
+        shared = DEFAULT_SHARED.get(self.backbone)
+        return shared if shared is not None and shared < min(self.used_layers) else None
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the map for an input of this size."""
         stride = BACKBONES[self.backbone].layers[self.map_layer][1]
@@ -110,17 +132,24 @@ class StpmConfig:
 
 
 class TeacherAndStudent(nn.Module):
-    """Two backbones of one architecture: the teacher frozen, the student trainable."""
+    """Two backbones of one architecture: the teacher frozen, the student trainable above what it shares with it."""
 
-    def __init__(self, teacher: Backbone, student: Backbone) -> None:
+    def __init__(self, teacher: Backbone, student: Backbone, shared_layer: str | None = None) -> None:
         super().__init__()
         self.teacher = teacher
         self.student = student
+        self.shared_layer = shared_layer
+        if shared_layer is not None:
+            student.stem = nn.Identity()
+            shared = sorted(student.spec.layers).index(shared_layer) + 1
+            student.stages = nn.ModuleList(list(student.stages)[shared:])
 
     def forward(self, image: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the maps of teacher and of student, float32 [N, C, h, w] per layer, from uint8 [N, H, W, 3]."""
         pixels = (image.permute(0, 3, 1, 2).float() - self.teacher.mean) * self.teacher.scale
-        return _layer_outputs(self.teacher, pixels), _layer_outputs(self.student, pixels)
+        taught = _layer_outputs(self.teacher, pixels)
+        learnt = _layer_outputs(self.student, pixels if self.shared_layer is None else taught[self.shared_layer])
+        return [taught[layer] for layer in self.teacher.layers], [learnt[layer] for layer in self.teacher.layers]
 
 
 class StpmHead(nn.Module):
@@ -166,7 +195,7 @@ class Stpm(nn.Module):
 
 
 def build(config: StpmConfig, height: int, width: int, *, weights: str = DEFAULT_WEIGHTS) -> Stpm:
-    """Return the detector with the teacher's weights and an untrained student; the config's `layers` become names.
+    """Return the detector with the teacher's weights and an untrained student; the config's defaults become names.
 
     `weights`: of the teacher, as in `build_backbone`.
 
@@ -180,16 +209,18 @@ def build(config: StpmConfig, height: int, width: int, *, weights: str = DEFAULT
     student = build_backbone(
         config.backbone, layers=layers, weights=RANDOM_WEIGHTS, seed=config.seed + 1, trainable=True
     )
-    return Stpm(replace(config, layers=layers), TeacherAndStudent(teacher, student), height, width)
+    both = TeacherAndStudent(teacher, student, config.used_shared)
+    return Stpm(replace(config, layers=layers, shared_layer=config.used_shared), both, height, width)
 
 
 def announce(config: StpmConfig, height: int, width: int, images: int) -> list[str]:
     """Return what to tell the user before the training: grid, parameters, steps, and whether images are few."""
     rows, columns = config.grid(height, width)
-    parameters = _parameters(config)
+    taught, learnt = _parameters(config, height, width)
+    shared = "" if config.used_shared is None else f" above {config.used_shared}, which it shares"
     lines = [
         f"{config.backbone}: {config.combine} of {', '.join(config.used_layers)} on {rows}x{columns} places; teacher "
-        f"and student {parameters / 1e6:.2f} M parameters ({_BYTES * parameters / 1e6:.1f} MB) each",
+        f"{taught / 1e6:.2f} M parameters ({_BYTES * taught / 1e6:.1f} MB), student {learnt / 1e6:.2f} M{shared}",
         f"the student learns for {config.epochs} epochs of {-(-images // config.batch_size)} batches",
     ]
     if MIN_IMAGES <= images < ADVISED_IMAGES:
@@ -286,13 +317,16 @@ def check_learnt(before: float, after: float) -> None:
         )
 
 
-def _layer_outputs(backbone: Backbone, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Return what `backbone` makes of normalised pixels, float32 [N, 3, H, W]."""
-    x = backbone.stem(pixels)
+def _layer_outputs(backbone: Backbone, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return each layer of `backbone`, from what its lowest part reads: normalised pixels or a shared layer."""
+    x = backbone.stem(x)
+    last = sorted(backbone.spec.layers).index(max(backbone.layers)) + 1
     outputs = {}
-    for layer, stage in zip(sorted(backbone.spec.layers), backbone.stages, strict=False):
+    for layer, stage in zip(
+        sorted(backbone.spec.layers)[last - len(backbone.stages) : last], backbone.stages, strict=True
+    ):
         outputs[layer] = x = stage(x)
-    return [outputs[layer] for layer in backbone.layers]
+    return outputs
 
 
 def _unit_length(features: torch.Tensor) -> torch.Tensor:
@@ -313,8 +347,12 @@ def _probes(images: ImageSet, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(np.stack(normal)), torch.from_numpy(np.stack(synthetic))
 
 
-def _parameters(config: StpmConfig) -> int:
-    """Return how many parameters teacher and student have each, without drawing or holding them."""
+def _parameters(config: StpmConfig, height: int, width: int) -> tuple[int, int]:
+    """Return how many parameters the teacher has and how many the student learns, without drawing or holding them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        backbone = build_backbone(config.backbone, layers=config.used_layers, weights=RANDOM_WEIGHTS)
-    return sum(parameter.numel() for parameter in backbone.parameters())
+        model = build(config, height, width, weights=RANDOM_WEIGHTS)
+    taught, learnt = (
+        sum(parameter.numel() for parameter in network.parameters())
+        for network in (model.backbone.teacher, model.backbone.student)
+    )
+    return taught, learnt

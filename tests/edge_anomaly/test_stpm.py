@@ -209,6 +209,36 @@ def test_both_halves_see_what_backbones_of_their_own_would_see() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize(("name", "layers"), [("efficientnet_lite0", None), ("resnet18", ("layer2",))])
+def test_a_student_learns_only_above_the_layer_that_it_shares(name: str, layers: tuple[str, ...] | None) -> None:
+    model = untrained(backbone=name, layers=layers, map_layer="layer2", shared_layer="layer1")
+    whole = untrained(backbone=name, layers=layers, map_layer="layer2", shared_layer=None)
+    image = bytes_of(2)
+
+    with torch.no_grad():
+        teacher, student = model.backbone(image)
+        below = build_backbone(name, layers=("layer1",), weights="random", seed=model.config.seed)(image)[0]
+        for stage, found in zip(model.backbone.student.stages, student, strict=True):
+            below = stage(below)
+            assert torch.equal(below, found)
+        assert all(torch.equal(a, b) for a, b in zip(teacher, whole.backbone(image)[0], strict=True))
+    learnt, all_of_it = (sum(weight.numel() for weight in one.backbone.student.parameters()) for one in (model, whole))
+    assert learnt < all_of_it
+
+
+def test_what_is_shared_by_default_is_below_all_compared_layers_and_recorded_by_name() -> None:
+    assert StpmConfig("efficientnet_lite0").used_shared == "layer1"
+    assert StpmConfig("efficientnet_lite0", layers=("layer1", "layer2")).used_shared is None
+    assert StpmConfig("resnet18").used_shared is None
+    model = build(StpmConfig("efficientnet_lite0"), SIDE, SIDE, weights="random")
+    assert (model.config.layers, model.config.shared_layer) == (("layer2", "layer3"), "layer1")
+
+
+def test_a_run_older_than_sharing_shares_nothing() -> None:
+    record = {name: value for name, value in asdict(StpmConfig("efficientnet_lite0")).items() if name != "shared_layer"}
+    assert config_from_record("stpm", record).used_shared is None
+
+
 def test_student_starts_unlike_its_teacher_even_if_both_are_random() -> None:
     model = untrained()
 
@@ -342,6 +372,7 @@ def test_batch_gives_the_scores_of_single_images(combine: str) -> None:
     ("name", "changes"),
     [
         ("efficientnet_lite0", {}),
+        ("efficientnet_lite0", {"shared_layer": "layer1", "layers": ("layer2", "layer3")}),
         ("resnet18", {"combine": "sum", "map_layer": "layer1", "top_k": 1, "smoothing": 0.0}),
     ],
 )
@@ -399,6 +430,8 @@ def test_a_top_k_beyond_the_map_is_refused_with_the_largest_possible() -> None:
         ({"layers": ()}, r"\(\)"),
         ({"layers": ("layer2", "layer2")}, "layer2"),
         ({"map_layer": "stem"}, "stem"),
+        ({"shared_layer": "stem"}, "stem"),
+        ({"shared_layer": "layer1"}, "teacher's layer1"),
         ({"combine": "max"}, "max"),
         ({"smoothing": -1.0}, "-1"),
         ({"smoothing": math.nan}, "nan"),
