@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from .onnx_graph import replace_nodes
+
 _BANK = "head.bank"
 _SQUARES = "head.bank_squares"
 _VECTORS_AXIS = "head.vectors_axis"
@@ -79,14 +81,7 @@ def with_int8_bank(model: onnx.ModelProto) -> onnx.ModelProto:
             # The patches' own lengths: of the rounded ones, too.
             node.input[:] = [_ROUNDED if name == patches else name for name in node.input]
             nodes.append(node)
-    read = {name for node in nodes for name in node.input}
-    constants = {name: value for name, value in constants.items() if name in read}
-    kept = [value for value in graph.graph.initializer if value.name in read - constants.keys()]
-    del graph.graph.node[:], graph.graph.initializer[:]
-    graph.graph.node.extend(nodes)
-    graph.graph.initializer.extend(kept)
-    graph.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items())
-    onnx.checker.check_model(graph, full_check=True)
+    replace_nodes(graph, nodes, constants)
     return graph
 
 

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from edge_anomaly_runtime.cpu import usable_cpus
 from edge_anomaly_runtime.engine_onnxruntime import open_onnxruntime
 
-from .onnx_graph import with_outputs
+from .onnx_graph import replace_nodes, with_outputs
 
 _FLOWS = "head/flows/"
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -65,13 +65,7 @@ def with_int8_subnets(model: onnx.ModelProto, images: Iterable[npt.NDArray[np.ui
                 nodes.append(_node("DequantizeLinear", inputs, f"{name}:rounded", axis=0))
             node.input[:] = [f"{source}:rounded", f"{weight}:rounded", f"{bias}:rounded"]
         nodes.append(node)
-    read = {name for node in nodes for name in node.input}
-    kept = [value for value in graph.graph.initializer if value.name in read]
-    del graph.graph.node[:], graph.graph.initializer[:]
-    graph.graph.node.extend(nodes)
-    graph.graph.initializer.extend(kept)
-    graph.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in added.items())
-    onnx.checker.check_model(graph, full_check=True)
+    replace_nodes(graph, nodes, added)
     return graph
 
 
