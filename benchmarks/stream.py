@@ -302,8 +302,6 @@ class Fault:
 
 _FPS, _GOOD_FRAMES, _GOOD_S = 25, 75, 3.0
 _TOLD_S = 6.0
-# A connection that never gets a picture has to run into its time limit, and then the next attempt has its back-off.
-_HUNG_BACK_S = 20.0
 # A camera that refuses is asked once a minute, by design: more would be hammering.
 _REFUSED_BACK_S = 65.0
 _LOGIN = "line1:right"
@@ -316,7 +314,7 @@ def faults_of(outage: float) -> dict[str, Fault]:
     silent = replace(good, fault="stall", at=0)
     return {
         "stall": Fault("stalled", good, mute=True),
-        "hang": Fault("stalled", replace(broken, fault="stall"), later=silent, back_s=_HUNG_BACK_S),
+        "hang": Fault("stalled", replace(broken, fault="stall"), later=silent),
         "cut": Fault("lost", replace(broken, fault="cut"), gone=True),
         "reset": Fault("lost", replace(broken, fault="reset"), gone=True),
         # Flipped bits that still parse are a picture like any other to every decoder.

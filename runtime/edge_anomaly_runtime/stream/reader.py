@@ -22,6 +22,7 @@ from .source import (
     Picture,
     SourceLost,
     SourceRefused,
+    SourceSilent,
     SourceUnsupported,
     UnusablePicture,
 )
@@ -44,7 +45,8 @@ class ReaderOptions:
     damaged ones only `damaged`. late_s: a picture that was waited for longer is
     stale. max_age_s: so is one that lay in the mailbox for longer. reconnect_s: a camera that sent nothing for so long
     is connected anew. hung_s: a call that has not come back by then is left behind with its thread. backoff_s: first
-    and longest wait before another attempt; back to the first after healthy_s. refused_s: wait after wrong credentials
+    and longest wait before another attempt; back to the first after healthy_s. silent_s: the longest one after an
+    attempt that took all its time: it has waited already. refused_s: wait after wrong credentials
     or a stream that does not exist. probe_s: how often to look whether an unreachable camera answers again.
     queue: pictures of a file read ahead. mailbox: pictures of a camera that may wait, one unless every picture counts
     and may be `max_age_s` late. keep_distrusted: deliver a camera's damaged pictures, marked, instead of
@@ -58,6 +60,7 @@ class ReaderOptions:
     hung_s: float = 15.0
     backoff_s: tuple[float, float] = (0.5, 30.0)
     healthy_s: float = 30.0
+    silent_s: float = 1.0
     refused_s: float = 60.0
     probe_s: float = 2.0
     queue: int = 4
@@ -147,6 +150,7 @@ class Reader:
         self._connects = self._resizes = self._stalls = 0
         self._size: tuple[int, int] | None = None
         self._wait_s = 0.0
+        self._answered = True  # the last time that the probe looked
         self._busy_since: float | None = None
         self._abandoned: list[threading.Thread] = []
         self._thread = self._new_thread()
@@ -378,11 +382,15 @@ class Reader:
         if not self.live:
             self._finish(redact(error.what), error)
             return
-        is_slow = isinstance(error, (SourceRefused, SourceUnsupported))
+        wait_s = self._backoff.next_s()
+        if isinstance(error, (SourceRefused, SourceUnsupported)):
+            wait_s = self._options.refused_s
+        elif isinstance(error, SourceSilent):
+            wait_s = min(wait_s, self._options.silent_s)
         with self._lock:
             if self._is_current():
                 self._enter("unauthorised" if isinstance(error, SourceRefused) else "lost", redact(error.what))
-                self._wait_s = self._options.refused_s if is_slow else self._backoff.next_s()
+                self._wait_s = wait_s
 
     def _finish(self, cause: str, error: EdgeAnomalyError | None) -> None:
         with self._lock:
@@ -400,11 +408,9 @@ class Reader:
     def _wait_for_attempt(self) -> None:
         """Wait as long as the last failure asks for, or until an unreachable camera answers again."""
         give_up = monotonic() + self._wait_s
-        answered = True
         while self._is_current() and (left := give_up - monotonic()) > 0:
             if self._probe is not None and self._state == "lost":
-                answers = self._call(self._probe)
-                if answers and not answered:
+                answered, self._answered = self._answered, self._call(self._probe)
+                if self._answered and not answered:
                     return
-                answered = answers
             self._stop.wait(min(left, self._options.probe_s))

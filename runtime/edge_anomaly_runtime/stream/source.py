@@ -64,6 +64,10 @@ class SourceLost(SourceError):
     """The source is not there, or not any more; worth another try soon."""
 
 
+class SourceSilent(SourceLost):
+    """The source did not answer within its time limit."""
+
+
 class SourceRefused(SourceError):
     """The source is there and refuses: wrong credentials, no such stream, no permission."""
 

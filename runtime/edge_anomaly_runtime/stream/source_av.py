@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_anomaly_runtime.errors import SourceError, missing_extra
 
-from .source import EndOfFile, Picture, SourceLost, SourceRefused, SourceUnsupported
+from .source import EndOfFile, Picture, SourceLost, SourceRefused, SourceSilent, SourceUnsupported
 from .uri import Kind, SourceUri
 
 try:
@@ -118,8 +118,9 @@ class AvSource:
             failure = error
         except Exception as error:  # besides its own, PyAV raises what broken headers cause, such as OverflowError
             # A silent server ends as invalid data, too, when the time is up.
-            is_timeout = monotonic() - start > 0.9 * self._options.open_timeout
-            failure = self._silent(self._options.open_timeout) if is_timeout else self._outcome(error, opening=True)
+            failure = self._silent(opening=True) if self._is_late(start) else self._outcome(error, opening=True)
+        if failure is None and self._uri.live and self._is_late(start):  # it promised pictures and sent none
+            failure = self._silent(opening=True)
         if failure is not None:  # raised out here: PyAV's exception holds the URL, and must not even be the context
             self.close()
             raise failure
@@ -253,9 +254,13 @@ class AvSource:
         # MJPEG over HTTP has no time of its own; FFmpeg makes one up from an assumed 25 frames per second.
         return None if self._uri.kind == "http" and self.codec == "mjpeg" else _seconds(frame)
 
-    def _silent(self, limit_s: float) -> SourceError:
-        hint = "Check the camera, its address and the network."
-        return SourceLost(f"{self._uri.shown}: no answer within {limit_s:g} s.", hint)
+    def _is_late(self, start: float) -> bool:
+        return monotonic() - start > 0.98 * self._options.open_timeout
+
+    def _silent(self, *, opening: bool) -> SourceSilent:
+        limit_s = self._options.open_timeout if opening else self._options.read_timeout
+        hint = "Check the camera, its address and the network; a slow one needs a longer --timeout."
+        return SourceSilent(f"{self._uri.shown}: no answer within {limit_s:g} s.", hint)
 
     def _outcome(self, error: Exception, *, opening: bool) -> SourceError:
         """Turn PyAV's exception, whose text holds the URL with its password, into one of ours."""
@@ -273,7 +278,7 @@ class AvSource:
                 f"Known kinds: {known} with {', '.join(_CODECS[self._uri.kind])}.",
             )
         if kind in ("ExitError", "TimeoutError"):
-            return self._silent(self._options.open_timeout if opening else self._options.read_timeout)
+            return self._silent(opening=opening)
         reason = self._uri.redact(str(getattr(error, "strerror", None) or kind))
         return SourceLost(f"{shown}: {reason}.", "Check the camera, its address and the network.")
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from typing import Literal
 
 from edge_anomaly_runtime.errors import UsageError
 
 from .health import HealthLimits
+from .probe import answers
 from .reader import Reader, ReaderOptions
 from .source import FrameSource
 from .uri import SourceUri
 
 Decoder = Literal["cpu", "nvdec"]
 
+# Share of the time limit in which a connection has to be there. A camera that comes back right after the beginning of
+# an attempt waits for its end, for the next one's beginning and for its own connection: all three within `timeout`.
+_OPEN_SHARE = 0.55
+
 
 def source_maker(uri: SourceUri, *, decoder: Decoder = "cpu", timeout: float = 5.0) -> Callable[[], FrameSource]:
-    """Return what makes a new, unopened connection to a source; `timeout` is the limit in seconds of open and read.
+    """Return what makes a new, unopened connection to a source; `timeout` is the limit in seconds of a read.
+
+    To connect there are 55 % of it.
 
     Raises:
         MissingRequirementError: the back-end's package, program or driver is not there.
@@ -43,7 +49,7 @@ def source_maker(uri: SourceUri, *, decoder: Decoder = "cpu", timeout: float = 5
         return lambda: CsiSource(uri, start_timeout=2 * timeout)
     from .source_av import AvOptions, AvSource
 
-    options = AvOptions(open_timeout=timeout, read_timeout=timeout)
+    options = AvOptions(open_timeout=_OPEN_SHARE * timeout, read_timeout=timeout)
     if decoder == "nvdec":
         from .source_gst import NVDEC_ELEMENTS, NvdecSource, require_gstreamer
 
@@ -87,17 +93,7 @@ def reader_for(
 
 def _probe_of(uri: SourceUri) -> Callable[[], bool] | None:
     if uri.address is not None:
-        host, port = uri.address
-        return lambda: answers_tcp(host, port)
+        return lambda: answers(uri)
     if uri.kind == "v4l2":
         return lambda: os.path.exists(uri.location)
     return None
-
-
-def answers_tcp(host: str, port: int, timeout: float = 0.5) -> bool:
-    """Tell whether something accepts a TCP connection there; nothing is sent."""
-    try:
-        with socket.create_connection((host, port), timeout):
-            return True
-    except (OSError, UnicodeError):
-        return False

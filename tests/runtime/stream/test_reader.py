@@ -20,6 +20,7 @@ from edge_anomaly_runtime.stream.source import (
     Picture,
     SourceLost,
     SourceRefused,
+    SourceSilent,
     UnusablePicture,
 )
 
@@ -356,6 +357,35 @@ def test_a_camera_that_answers_again_is_not_kept_waiting() -> None:
         answers.set()
         wait_for(lambda: reader.status().state == "up", 2.0)
         gate.set()
+
+
+def test_a_camera_that_came_back_during_an_attempt_is_not_kept_waiting() -> None:
+    answers, hung = threading.Event(), threading.Event()
+    attempts = []
+
+    def maker() -> FrameSource:
+        attempts.append(time.monotonic())
+        return Scripted([], hung) if len(attempts) == 2 else Scripted([], SourceLost("no route"))
+
+    options = replace(QUICK, backoff_s=(0.5, 30.0), hung_s=60.0)
+    with Reader("c0", maker, live=True, options=options, probe=answers.is_set):
+        wait_for(lambda: len(attempts) == 2)
+        answers.set()
+        hung.set()
+        failed = time.monotonic()
+        wait_for(lambda: len(attempts) == 3)
+    assert attempts[2] - failed < 0.5  # and not the second wait, at least 0.75 s
+
+
+def test_an_attempt_that_took_all_its_time_is_not_followed_by_a_long_wait() -> None:
+    attempts = []
+
+    def maker() -> FrameSource:
+        attempts.append(0)
+        return Scripted([], SourceSilent("no answer within 0 s"))
+
+    with Reader("c0", maker, live=True, options=replace(QUICK, backoff_s=(30.0, 30.0), silent_s=0.05)):
+        wait_for(lambda: len(attempts) == 5, 2.0)
 
 
 def test_a_camera_that_answers_all_the_time_but_fails_keeps_its_wait() -> None:

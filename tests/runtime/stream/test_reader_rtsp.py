@@ -12,9 +12,9 @@ import pytest
 
 from edge_anomaly_runtime.stream.frame import Frame
 from edge_anomaly_runtime.stream.health import HealthLimits
+from edge_anomaly_runtime.stream.probe import answers
 from edge_anomaly_runtime.stream.reader import Reader, ReaderOptions, Status
 from edge_anomaly_runtime.stream.source_av import AvOptions, AvSource
-from edge_anomaly_runtime.stream.sources import answers_tcp
 from edge_anomaly_runtime.stream.uri import parse_source
 
 from .camera import Camera, Script, clean_pictures
@@ -30,15 +30,13 @@ def reading(
     camera: Camera, options: ReaderOptions = QUICK, health: HealthLimits | None = None, login: str = ""
 ) -> Iterator[Reader]:
     uri = parse_source(camera.url.replace("rtsp://", f"rtsp://{login}"))
-    assert uri.address is not None
-    host, port = uri.address
     reader = Reader(
         "c0",
         lambda: AvSource(uri, CONNECTION),
         live=True,
         options=options,
         health=health,
-        probe=lambda: answers_tcp(host, port),
+        probe=lambda: answers(uri),
     )
     with reader:
         yield reader
@@ -154,7 +152,7 @@ def test_a_slow_scorer_gets_young_frames_and_every_drop_is_counted() -> None:
 
 
 def test_closing_a_camera_in_the_middle_of_a_stall_is_quick() -> None:
-    with Camera(Script(fault="stall", at=5)) as camera, reading(camera, replace(QUICK, reconnect_s=10.0)) as reader:
+    with Camera(Script(fault="stall", at=15)) as camera, reading(camera, replace(QUICK, reconnect_s=10.0)) as reader:
         collect(reader, lambda status: status.captured >= 4)
         time.sleep(0.3)
         start = time.monotonic()

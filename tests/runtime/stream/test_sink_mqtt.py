@@ -19,6 +19,7 @@ from edge_anomaly_runtime.errors import MissingRequirementError, UsageError
 from edge_anomaly_runtime.stream.sink import SinkThread
 from edge_anomaly_runtime.stream.sink_mqtt import MqttSink
 
+from .certificate import self_signed
 from .scored_items import scored, wait_until
 
 BROKER = shutil.which("mosquitto") or shutil.which("/usr/sbin/mosquitto")
@@ -199,24 +200,7 @@ def test_credentials_come_from_the_environment_and_go_nowhere_else(
 
 @needs_broker
 def test_tls_trusts_only_its_authority(make_broker: Callable[..., Broker], tmp_path: Path) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    certificate, key = tmp_path / "site.crt", tmp_path / "site.key"
-    request = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*request, *names, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    key.chmod(0o644)
+    certificate, key = self_signed(tmp_path)
     broker = make_broker("allow_anonymous true", f"certfile {certificate}", f"keyfile {key}")
     sink = MqttSink("127.0.0.1", "line1", port=broker.port, tls=True, ca=str(certificate))
     sink.open()

@@ -21,7 +21,14 @@ from PIL import Image
 
 from edge_anomaly_runtime.errors import SourceError
 from edge_anomaly_runtime.stream.health import Trust
-from edge_anomaly_runtime.stream.source import EndOfFile, Picture, SourceLost, SourceRefused, SourceUnsupported
+from edge_anomaly_runtime.stream.source import (
+    EndOfFile,
+    Picture,
+    SourceLost,
+    SourceRefused,
+    SourceSilent,
+    SourceUnsupported,
+)
 from edge_anomaly_runtime.stream.source_av import AvOptions, AvSource
 from edge_anomaly_runtime.stream.uri import parse_source
 
@@ -237,6 +244,15 @@ def test_a_server_that_accepts_and_says_nothing_is_lost_within_the_open_timeout(
         start = time.monotonic()
         with pytest.raises(SourceLost, match="no answer within 2 s"):
             opened(f"rtsp://127.0.0.1:{listener.getsockname()[1]}/live")
+
+    assert time.monotonic() - start < 4
+
+
+def test_a_camera_that_promises_pictures_and_sends_none_is_lost_within_the_open_timeout() -> None:
+    with Camera(Script(fault="stall", at=0)) as camera:
+        start = time.monotonic()
+        with pytest.raises(SourceSilent, match="no answer within 2 s"):
+            opened(camera.url)
 
     assert time.monotonic() - start < 4
 

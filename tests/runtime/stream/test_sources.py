@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 from edge_anomaly_runtime.errors import UsageError
 from edge_anomaly_runtime.stream import source_test, sources, uri
-from edge_anomaly_runtime.stream.sources import answers_tcp, reader_for, source_maker
+from edge_anomaly_runtime.stream.sources import reader_for, source_maker
 from edge_anomaly_runtime.stream.uri import parse_source
 
 
@@ -80,11 +79,3 @@ print(sorted({"torch", "cv2", "onnx"} & set(sys.modules)))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "0"
     assert 'pip install "edge-anomaly[video]"' in done.stdout and done.stdout.splitlines()[-1] == "[]"
-
-
-def test_a_probe_only_asks_whether_somebody_answers() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        assert answers_tcp("127.0.0.1", port)
-    assert not answers_tcp("127.0.0.1", port)
-    assert not answers_tcp("no host of that name", port)

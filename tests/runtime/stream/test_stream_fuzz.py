@@ -38,7 +38,7 @@ PICTURES = 30
 # Where FFmpeg takes the container from the content, the name says how the original was written.
 _WRITTEN_AS = {"ts": "mpegts", "mp4": "mp4", "mkv": "matroska", "h264": "h264", "avi": "avi", "mjpeg": "mjpeg"}
 # The errors that a source may raise: see `source.FrameSource`.
-_TYPED = {"SourceLost", "SourceRefused", "SourceUnsupported", "EndOfFile"}
+_TYPED = {"SourceLost", "SourceSilent", "SourceRefused", "SourceUnsupported", "EndOfFile"}
 
 Pixels = Any
 
