@@ -6,9 +6,9 @@ import functools
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 
 from .errors import ArtefactError
+from .openvino_lean import ov
 from .session import SessionInfo
 
 

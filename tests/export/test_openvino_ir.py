@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from edge_anomaly_export.openvino_ir import ir_from_onnx
-from edge_anomaly_runtime.engine_openvino import open_openvino
+from edge_anomaly_runtime.engine_openvino import open_openvino, openvino_core
 from tests.export.conftest import Trace
 
 Ir = tuple[bytes, bytes]
@@ -50,6 +50,13 @@ def test_weights_keep_their_precision(graph: onnx.ModelProto, ir: Ir) -> None:
     assert not kinds & {"f16", "bf16"}
     weights = sum(len(value.raw_data) for value in graph.graph.initializer if value.raw_data)
     assert len(ir[1]) > 0.9 * weights
+
+
+def test_the_ir_is_simplified(graph: onnx.ModelProto, ir: Ir) -> None:
+    layers = [layer.get("type") for layer in ElementTree.fromstring(ir[0]).iter("layer")]
+    plain = openvino_core().read_model(graph.SerializeToString())
+    assert "ShapeOf" not in layers
+    assert len(layers) < len(plain.get_ops())
 
 
 def test_the_same_graph_gives_the_same_ir(graph: onnx.ModelProto, ir: Ir) -> None:

@@ -334,3 +334,15 @@ def test_choosing_an_engine_does_not_import_the_others(tiny_bundle: Path) -> Non
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout.replace("'", '"')) == []
+
+
+def test_openvino_comes_without_its_converter_which_can_still_be_had() -> None:
+    code = """
+import sys
+import edge_anomaly_runtime.engine_openvino
+print(sorted(name for name in sys.modules if "telemetry" in name or name.startswith("openvino.tools")))
+from openvino.tools.ovc import convert_model
+print(callable(convert_model))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["[]", "True"]
