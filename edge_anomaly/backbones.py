@@ -137,6 +137,24 @@ def build_backbone(
     return Backbone(spec, layers, stem, stages[: last + 1], trainable=trainable)
 
 
+def thin(backbone: Backbone, blocks: int) -> None:
+    """Leave only the first `blocks` of the blocks that a layer repeats, in place; names and sizes of outputs stay.
+
+    A layer of EfficientNet-Lite0 may be two rows of blocks; each keeps its first ones.
+    """
+    for index, stage in enumerate(backbone.stages):
+        if backbone.spec.name == "efficientnet_lite0":
+            for name, row in stage.named_children():
+                setattr(stage, name, _first(row, blocks))
+        else:
+            backbone.stages[index] = _first(stage, blocks)
+
+
+def _first(row: Any, blocks: int) -> nn.Module:
+    first: nn.Module = row[:blocks]
+    return first
+
+
 def check_layers(backbone: str, layers: tuple[str, ...], *, what: str = "backbone") -> None:
     """Refuse a backbone, which the user knows as `what`, or one of its layers that there is not.
 

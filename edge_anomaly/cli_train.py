@@ -265,6 +265,12 @@ def stpm(
         str | None,
         typer.Option(help="The student has the teacher's layers up to this one, or none. Default: the model's."),
     ] = None,
+    student_blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="The student has only so many of the blocks that each layer repeats, or all. Default: the model's."
+        ),
+    ] = None,
     combine: Annotated[str | None, typer.Option(help="product or sum of the layers' maps.")] = None,
     epochs: EpochsOption = None,
     batch_size: BatchOption = None,
@@ -290,11 +296,13 @@ def stpm(
     from .train import TrainOptions
 
     _check_backbone(backbone)
-    shared = {"shared_layer": None} if shared_layer == "none" else _given(shared_layer=shared_layer)
+    student = _given(shared_layer=shared_layer, student_blocks=_parse_blocks(student_blocks))
+    # None is a value of these: the student shares nothing, and has all blocks.
+    student |= {name: None for name, value in student.items() if value in ("none", "all")}
     config = StpmConfig(
         backbone=backbone,
         seed=seed,
-        **shared,
+        **student,
         **_given(
             layers=_parse_layers(layers),
             combine=combine,
@@ -458,6 +466,14 @@ def _check_backbone(name: str) -> None:
 
     if name not in BACKBONES:
         raise did_you_mean("backbone", name, list(BACKBONES))
+
+
+def _parse_blocks(text: str | None) -> int | str | None:
+    if text is None or text == "all":
+        return text
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"--student-blocks {text!r} is not a number.", "Give 1 or more, or all.")
+    return int(text)
 
 
 def _parse_layers(text: str | None) -> tuple[str, ...] | None:

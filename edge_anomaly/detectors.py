@@ -76,7 +76,7 @@ DETECTORS: dict[str, Detector] = {
 
 
 # What a run was trained with that is older than a setting, where the setting's default is another by now.
-_BEFORE: dict[str, dict[str, Any]] = {"stpm": {"shared_layer": None}}
+_BEFORE: dict[str, dict[str, Any]] = {"stpm": {"shared_layer": None, "student_blocks": None}}
 
 
 def kind_of(config: Any) -> str:

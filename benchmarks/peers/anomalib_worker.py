@@ -69,7 +69,7 @@ def model_of(arguments: argparse.Namespace) -> Any:
 
 
 def build(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train for one epoch on `train/good`, which is all that PaDiM and PatchCore need, and export.
+    """Train on `train/good`, for which PaDiM and PatchCore need one epoch, and export.
 
     f32 and int8_ptq take images of the model's size; photo takes those of `--photo-size` and resizes them itself.
     """
@@ -99,7 +99,8 @@ def build(arguments: argparse.Namespace) -> dict[str, Any]:
             accelerator="cpu",
             devices=1,
             logger=False,
-            max_epochs=1,
+            max_epochs=arguments.epochs,
+            check_val_every_n_epoch=arguments.epochs,
             enable_progress_bar=False,
         )
         engine.fit(model, datamodule=data)
@@ -174,6 +175,7 @@ def main() -> None:
     )
     parser.add_argument("--backbone", choices=list(LAYERS), default="resnet18")
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--photo-size", type=int, nargs=2, default=(1080, 1920))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--weights", type=Path)

@@ -138,6 +138,12 @@ def test_roi_that_is_no_roi_ends_with_2(tmp_path: Path) -> None:
         assert_refused(done, 2, "0.1,0.1,0.9,0.9")
 
 
+@pytest.mark.parametrize(("blocks", "text"), [("many", "'many' is not a number"), ("0", "0 blocks")])
+def test_a_student_without_blocks_ends_with_2(blocks: str, text: str, tmp_path: Path) -> None:
+    done = run("train", "stpm", "--data", "sample", "--out", str(tmp_path / "run"), "--student-blocks", blocks)
+    assert_refused(done, 2, text)
+
+
 def test_export_without_training_images_ends_with_2(tmp_path: Path) -> None:
     data = images_in(tmp_path / "data", 30)
     assert run(*TRAIN, "--data", str(data), "--out", str(tmp_path / "run")).returncode == 0

@@ -54,6 +54,9 @@ def config(**changes: object) -> StpmConfig:
     return StpmConfig(**{**quick, **changes})  # type: ignore[arg-type]
 
 
+_NEWER = ("shared_layer", "student_blocks")
+
+
 def untrained(**changes: object) -> Stpm:
     return build(config(**changes), SIDE, SIDE, weights="random")
 
@@ -226,6 +229,27 @@ def test_a_student_learns_only_above_the_layer_that_it_shares(name: str, layers:
     assert learnt < all_of_it
 
 
+@pytest.mark.parametrize(("name", "blocks"), [("efficientnet_lite0", 2), ("resnet18", 1), ("resnet50", 2)])
+def test_a_thin_student_has_only_the_first_blocks_of_each_layer(name: str, blocks: int) -> None:
+    model = untrained(backbone=name, layers=None, map_layer="layer2", student_blocks=blocks)
+    whole = untrained(backbone=name, layers=None, map_layer="layer2", student_blocks=None)
+
+    with torch.no_grad():
+        teacher, student = model.backbone(bytes_of(2))
+    assert [learnt.shape for learnt in student] == [taught.shape for taught in teacher]
+    kept, every = (dict(one.backbone.student.named_parameters()) for one in (model, whole))
+    assert all(torch.equal(weight, every[key]) for key, weight in kept.items())
+    assert {key for key in every if key not in kept} == {key for key in every if _block(key, name) >= blocks}
+
+
+def _block(key: str, name: str) -> int:
+    """Return which block of its row a parameter of a student above its stem belongs to."""
+    parts = key.split(".")
+    if parts[0] != "stages":
+        return 0
+    return int(parts[3 if name == "efficientnet_lite0" else 2])
+
+
 def test_what_is_shared_by_default_is_below_all_compared_layers_and_recorded_by_name() -> None:
     assert StpmConfig("efficientnet_lite0").used_shared == "layer1"
     assert StpmConfig("efficientnet_lite0", layers=("layer1", "layer2")).used_shared is None
@@ -234,9 +258,16 @@ def test_what_is_shared_by_default_is_below_all_compared_layers_and_recorded_by_
     assert (model.config.layers, model.config.shared_layer) == (("layer2", "layer3"), "layer1")
 
 
-def test_a_run_older_than_sharing_shares_nothing() -> None:
-    record = {name: value for name, value in asdict(StpmConfig("efficientnet_lite0")).items() if name != "shared_layer"}
-    assert config_from_record("stpm", record).used_shared is None
+def test_blocks_by_default_are_recorded_by_number() -> None:
+    model = build(StpmConfig("efficientnet_lite0"), SIDE, SIDE, weights="random")
+    assert model.config.student_blocks == 2
+    assert build(StpmConfig("resnet18"), SIDE, SIDE, weights="random").config.student_blocks is None
+
+
+def test_a_run_older_than_sharing_and_thinning_does_neither() -> None:
+    record = asdict(StpmConfig("efficientnet_lite0"))
+    old = config_from_record("stpm", {name: record[name] for name in record if name not in _NEWER})
+    assert (old.used_shared, old.used_blocks) == (None, None)
 
 
 def test_student_starts_unlike_its_teacher_even_if_both_are_random() -> None:
@@ -373,6 +404,7 @@ def test_batch_gives_the_scores_of_single_images(combine: str) -> None:
     [
         ("efficientnet_lite0", {}),
         ("efficientnet_lite0", {"shared_layer": "layer1", "layers": ("layer2", "layer3")}),
+        ("efficientnet_lite0", {"student_blocks": 1, "layers": ("layer2", "layer3")}),
         ("resnet18", {"combine": "sum", "map_layer": "layer1", "top_k": 1, "smoothing": 0.0}),
     ],
 )
@@ -432,6 +464,7 @@ def test_a_top_k_beyond_the_map_is_refused_with_the_largest_possible() -> None:
         ({"map_layer": "stem"}, "stem"),
         ({"shared_layer": "stem"}, "stem"),
         ({"shared_layer": "layer1"}, "teacher's layer1"),
+        ({"student_blocks": 0}, "0 blocks"),
         ({"combine": "max"}, "max"),
         ({"smoothing": -1.0}, "-1"),
         ({"smoothing": math.nan}, "nan"),
