@@ -153,8 +153,9 @@ class TeacherAndStudent(nn.Module):
         self.shared_layer = shared_layer
         if shared_layer is not None:
             student.stem = nn.Identity()
-            shared = sorted(student.spec.layers).index(shared_layer) + 1
+            shared = student.stage_names.index(shared_layer) + 1
             student.stages = nn.ModuleList(list(student.stages)[shared:])
+            student.stage_names = student.stage_names[shared:]
 
     def forward(self, image: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the maps of teacher and of student, float32 [N, C, h, w] per layer, from uint8 [N, H, W, 3]."""
@@ -335,12 +336,9 @@ def check_learnt(before: float, after: float) -> None:
 def _layer_outputs(backbone: Backbone, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return each layer of `backbone`, from what its lowest part reads: normalised pixels or a shared layer."""
     x = backbone.stem(x)
-    last = sorted(backbone.spec.layers).index(max(backbone.layers)) + 1
     outputs = {}
-    for layer, stage in zip(
-        sorted(backbone.spec.layers)[last - len(backbone.stages) : last], backbone.stages, strict=True
-    ):
-        outputs[layer] = x = stage(x)
+    for name, stage in zip(backbone.stage_names, backbone.stages, strict=True):
+        outputs[name] = x = stage(x)
     return outputs
 
 
