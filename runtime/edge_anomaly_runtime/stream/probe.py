@@ -8,7 +8,7 @@ import ssl
 from .uri import SourceUri
 
 # Both may be asked without credentials; neither makes a session in the camera. Any answer will do, an error as well.
-_QUESTIONS = {"rtsp": b"OPTIONS * RTSP/1.0\r\nCSeq: 1\r\n\r\n", "http": b"HEAD / HTTP/1.0\r\n\r\n"}
+_QUESTIONS = {"rtsp": "OPTIONS rtsp://{place}/ RTSP/1.0\r\nCSeq: 1\r\n\r\n", "http": "HEAD / HTTP/1.0\r\n\r\n"}
 _TIMEOUT_S = 0.5
 
 
@@ -22,6 +22,8 @@ def answers(uri: SourceUri) -> bool:
     False
     """
     assert uri.address is not None
+    host, port = uri.address
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         connection = socket.create_connection(uri.address, _TIMEOUT_S)
         if uri.location.partition(":")[0].lower() in ("rtsps", "https"):
@@ -29,7 +31,7 @@ def answers(uri: SourceUri) -> bool:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             connection = context.wrap_socket(connection)
         with connection:
-            connection.sendall(_QUESTIONS[uri.kind])
+            connection.sendall(_QUESTIONS[uri.kind].format(place=place).encode())
             return bool(connection.recv(1))
     except (OSError, UnicodeError):
         return False
