@@ -119,8 +119,8 @@ class AvSource:
         except Exception as error:  # besides its own, PyAV raises what broken headers cause, such as OverflowError
             # A silent server ends as invalid data, too, when the time is up.
             failure = self._silent(opening=True) if self._is_late(start) else self._outcome(error, opening=True)
-        if failure is None and self._uri.live and self._is_late(start):  # it promised pictures and sent none
-            failure = self._silent(opening=True)
+        if failure is None and self._uri.live and self._is_late(start) and not self._stream.codec_context.width:
+            failure = self._silent(opening=True)  # it promised pictures and sent none; a slow one has sent some by now
         if failure is not None:  # raised out here: PyAV's exception holds the URL, and must not even be the context
             self.close()
             raise failure

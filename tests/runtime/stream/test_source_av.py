@@ -257,6 +257,14 @@ def test_a_camera_that_promises_pictures_and_sends_none_is_lost_within_the_open_
     assert time.monotonic() - start < 4
 
 
+def test_a_camera_with_few_pictures_is_not_taken_for_a_silent_one() -> None:
+    with Camera(Script(fps=1)) as camera:
+        source = AvSource(parse_source(camera.url), AvOptions(open_timeout=1.5, read_timeout=2.0))
+        source.open()
+        assert source.read(0.5) is not None
+        source.close()
+
+
 def test_wrong_credentials_are_refused_and_right_ones_work() -> None:
     with Camera(Script(login="us@er:p/w?1", speed=4)) as camera:
         with pytest.raises(SourceRefused, match="401"):
