@@ -23,10 +23,18 @@ class Block:
 sys.meta_path.insert(0, Block())
 """
 
+_NEED_AN_ENGINE = (
+    "__main__",
+    "engine_onnxruntime",
+    "engine_onnxruntime_tensorrt",
+    "engine_openvino",
+    "openvino_lean",
+)
 RUNTIME_MODULES = sorted(
     path.stem
     for path in (ROOT / "runtime/edge_anomaly_runtime").glob("*.py")
-    if path.stem not in ("__main__", "engine_onnxruntime", "engine_onnxruntime_tensorrt", "engine_openvino")
+    if path.stem
+    not in ("__main__", "engine_onnxruntime", "engine_onnxruntime_tensorrt", "engine_openvino", "openvino_lean")
 )
 
 

@@ -21,7 +21,8 @@ def ir_from_onnx(model: onnx.ModelProto) -> tuple[bytes, bytes]:
     device needs to compile them. The converter itself is not called: it sends telemetry unless that was forbidden.
     """
     graph = openvino_core().read_model(model.SerializeToString())
-    apply_moc_transformations(graph, cf=False, smart_reshape=False)
+    if not _has_half_weights(graph):  # they would be stored in full
+        apply_moc_transformations(graph, cf=False, smart_reshape=False)
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch) / "model.xml"
         try:
@@ -31,3 +32,10 @@ def ir_from_onnx(model: onnx.ModelProto) -> tuple[bytes, bytes]:
                 f"OpenVINO cannot write the IR to {scratch}: {error}.", "Free some space there, or set TMPDIR."
             ) from error
         return xml.read_bytes(), xml.with_suffix(".bin").read_bytes()
+
+
+def _has_half_weights(graph: ov.Model) -> bool:
+    return any(
+        node.get_type_name() == "Constant" and node.get_output_element_type(0) == ov.Type.f16
+        for node in graph.get_ops()
+    )
