@@ -87,7 +87,7 @@ class Backbone(nn.Module):
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.stage_names = tuple(sorted(spec.layers)[: len(stages)])
-        self._taps = tuple(sorted(spec.layers).index(layer) for layer in layers)
+        self._taps = tuple(self.stage_names.index(layer) for layer in layers)
         # Bytes are normalised in one step: (x / 255 - mean) / std = (x - 255 mean) / (255 std).
         self.register_buffer("mean", torch.tensor(spec.mean).reshape(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("scale", 1 / (torch.tensor(spec.std).reshape(1, 3, 1, 1) * 255), persistent=False)

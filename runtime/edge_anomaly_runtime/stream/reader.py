@@ -382,15 +382,17 @@ class Reader:
         if not self.live:
             self._finish(redact(error.what), error)
             return
-        wait_s = self._backoff.next_s()
-        if isinstance(error, (SourceRefused, SourceUnsupported)):
-            wait_s = self._options.refused_s
-        elif isinstance(error, SourceSilent):
-            wait_s = min(wait_s, self._options.silent_s)
         with self._lock:
             if self._is_current():
                 self._enter("unauthorised" if isinstance(error, SourceRefused) else "lost", redact(error.what))
-                self._wait_s = wait_s
+                self._wait_s = self._wait_after(error)
+
+    def _wait_after(self, error: EdgeAnomalyError) -> float:
+        """Return the seconds until the next attempt; the lock is held."""
+        if isinstance(error, (SourceRefused, SourceUnsupported)):
+            return self._options.refused_s
+        wait_s = self._backoff.next_s()
+        return min(wait_s, self._options.silent_s) if isinstance(error, SourceSilent) else wait_s
 
     def _finish(self, cause: str, error: EdgeAnomalyError | None) -> None:
         with self._lock:
