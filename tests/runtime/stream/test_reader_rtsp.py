@@ -152,7 +152,7 @@ def test_a_slow_scorer_gets_young_frames_and_every_drop_is_counted() -> None:
 
 
 def test_closing_a_camera_in_the_middle_of_a_stall_is_quick() -> None:
-    with Camera(Script(fault="stall", at=15)) as camera, reading(camera, replace(QUICK, reconnect_s=10.0)) as reader:
+    with Camera(Script(fault="stall", at=5)) as camera, reading(camera, replace(QUICK, reconnect_s=10.0)) as reader:
         collect(reader, lambda status: status.captured >= 4)
         time.sleep(0.3)
         start = time.monotonic()
